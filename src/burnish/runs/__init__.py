@@ -1,0 +1,7 @@
+"""Run records, progress and resources: what was asked, what was used, what it cost."""
+
+from burnish.runs.environment import environment
+from burnish.runs.progress import Progress
+from burnish.runs.resources import peak_rss_bytes, write_json
+
+__all__ = ["Progress", "environment", "peak_rss_bytes", "write_json"]
