@@ -12,7 +12,7 @@ from typing import Any
 
 
 class CallableRoom(ModuleType):
-    """A package whose call is the function of its own name: `burnish.densify(...)` is `burnish.densify.densify(...)`."""
+    """A package whose call is the function of its own name: `densify(...)` is `densify.densify(...)`."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the function of the package's own name."""

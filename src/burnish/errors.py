@@ -1,4 +1,4 @@
-"""The errors a caller of burnish may want to catch. Each message is one line: what was seen, what was expected, what to do."""
+"""The errors a caller may want to catch. Each message is one line: what was seen, what was expected, what to do."""
 
 
 class BurnishError(Exception):

@@ -39,6 +39,10 @@ class Choice:
     normalize_gram: bool = False
     seed: int = 0
 
+    def num_groups(self, top_k: int) -> int:
+        """Blocks of the dense feed-forward for a router of `top_k`."""
+        return self.keep if self.grouping == NO_GROUPING else top_k
+
     @property
     def needs_outputs(self) -> bool:
         """Whether every expert must be run on every calibration token."""
@@ -122,8 +126,7 @@ def decide(
         notes: written into the plan.
     """
     layers = [
-        _decide_layer(layer, stats, choice, choice.keep if choice.grouping == NO_GROUPING else top_k)
-        for layer, stats in statistics.layers.items()
+        _decide_layer(layer, stats, choice, choice.num_groups(top_k)) for layer, stats in statistics.layers.items()
     ]
     num_experts = next(iter(statistics.layers.values())).num_experts
     return DensifyPlan(

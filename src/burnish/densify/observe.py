@@ -49,7 +49,7 @@ class HiddenStates:
         buffer = torch.empty((stop - start) * self.row_bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(start * self.row_bytes)
-            if stream.readinto(memoryview(buffer.numpy())) != len(buffer):  # type: ignore[arg-type]
+            if stream.readinto(buffer.numpy().data) != len(buffer):
                 raise CheckpointError(f"{self.file}: truncated: delete it and start anew")
         return buffer.view(self.dtype).view(stop - start, *self.shape[1:])
 
@@ -58,7 +58,7 @@ class HiddenStates:
         partial = self.file.with_name(self.file.name + ".partial")
         with partial.open("wb", buffering=0) as stream:
             for batch in batches:
-                view = memoryview(batch.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+                view = batch.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
                 while view:
                     view = view[stream.write(view) :]
             os.fsync(stream.fileno())
@@ -100,7 +100,7 @@ def observe(
     batches = _batches(len(calibration.input_ids), batch_size)
     shape = (*calibration.input_ids.shape, teacher.shape.hidden_size)
     states = [
-        HiddenStates(work / f"hidden-{index:04d}.bin", shape, teacher.dtype)  # type: ignore[arg-type]
+        HiddenStates(work / f"hidden-{index:04d}.bin", shape, teacher.dtype)
         for index in range(teacher.shape.num_layers + 1)
     ]
     last = max(teacher.shape.moe_layers)
@@ -122,7 +122,7 @@ def observe(
                     record = sums.record(expert_weight_gram(layer, teacher, index) if weights else None)
                     RoutingStatistics({index: record}).save(work / f"layer-{index:04d}.safetensors")
             states[index].file.unlink(missing_ok=True)
-    layers = {}
+    layers: dict[int, LayerStatistics] = {}
     for index in teacher.shape.moe_layers:
         layers |= RoutingStatistics.load(work / f"layer-{index:04d}.safetensors").layers
     return RoutingStatistics(layers)
@@ -286,7 +286,7 @@ def expert_outputs(experts: nn.Module, storage: Fused, hidden: Tensor) -> Tensor
     between = hidden @ gate_up  # [E, tokens, 2 * width]
     if storage.gate_up_bias is not None:
         between = between + experts.gate_up_proj_bias.unsqueeze(1)  # type: ignore[operator]
-    outputs = experts._apply_gate(between) @ down  # type: ignore[operator]
+    outputs: Tensor = experts._apply_gate(between) @ down  # type: ignore[operator]
     if storage.down_bias is not None:
         outputs = outputs + experts.down_proj_bias.unsqueeze(1)  # type: ignore[operator]
     return outputs

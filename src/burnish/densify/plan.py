@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from burnish.errors import BurnishError
 from burnish.families import MoEShape
 
-FORMAT = "burnish.densify.plan/1"
 Expert = Annotated[int, Field(ge=0)]
 
 
@@ -51,7 +50,7 @@ class DensifyPlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["burnish.densify.plan/1"] = FORMAT
+    format: Literal["burnish.densify.plan/1"] = "burnish.densify.plan/1"
     family: str
     num_experts: int
     top_k: int

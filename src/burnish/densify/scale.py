@@ -55,7 +55,9 @@ def least_squares(stats: LayerStatistics, groups: Groups, importance: Tensor) ->
     if any(len(group) > 1 for group in groups):
         raise ValueError("scaling 'least-squares' needs groups of one expert: keep top_k experts, or grouping 'none'")
     kept = [group[0] for group in groups]
-    return torch.linalg.lstsq(stats.gram[kept][:, kept], stats.cross[kept].unsqueeze(-1), driver="gelsd").solution[:, 0]
+    gram, cross = stats.gram[kept][:, kept], stats.cross[kept].unsqueeze(-1)
+    solution: Tensor = torch.linalg.lstsq(gram, cross, driver="gelsd").solution
+    return solution[:, 0]
 
 
 def relative_block_error(stats: LayerStatistics, groups: Groups, scales: Tensor) -> float | None:

@@ -1,0 +1,1 @@
+"""The `burnish` command: one file a verb; parse, call the library, print."""

@@ -1,0 +1,261 @@
+"""Evaluate models under one setting: quality, divergence from the first model, size and speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from burnish.checkpoint import Checkpoint
+from burnish.data import TokenBlocks, bundled_text, token_blocks
+from burnish.errors import CheckpointError, UnsupportedModelError
+from burnish.evaluate.divergence import forward_kl, top1_agreement
+from burnish.evaluate.estimate import mean_per_token
+from burnish.evaluate.measure import Speed, bytes_on_disk, num_parameters, speeds
+from burnish.evaluate.perplexity import negative_log_likelihood, perplexity, predicted
+from burnish.evaluate.result import Comparison, EvaluateResult, Row
+from burnish.evaluate.vocabulary import shared_vocab_size
+from burnish.runs import Progress, environment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+NEW_TOKENS = 32
+Model = str | os.PathLike[str]
+
+
+def evaluate(
+    model: Model | None = None,
+    *,
+    before: Model | None = None,
+    after: Model | Sequence[Model] | None = None,
+    dataset: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    num_samples: int = 64,
+    max_length: int = 512,
+    batch_size: int = 4,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    speed: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluateResult:
+    """Perplexity, size, memory and speed of one model, or of several beside their divergence from the one before.
+
+    All models are in memory at the same time: each batch passes once through every one of them, the model before
+    included, however many there are after it.
+
+    Args:
+        model: directory or hub name, for one row.
+        before: directory or hub name of the reference; together with `after` and without `model`.
+        after: one or several to compare with it.
+        dataset: as in `burnish.data.load_texts`, read in order; None for the bundled held-out text, whose documents
+            are sorted by domain and therefore shuffled.
+        split: split of a Hub data set.
+        num_samples: blocks of text.
+        max_length: tokens in a block.
+        batch_size: blocks, and prompts, at a time.
+        dtype: of weights and computation of all models; `auto` is that of the first model's config.
+        device: `cpu`, `cuda`, `cuda:N`; `auto` is CUDA where there is any.
+        seed: order of the bundled documents.
+        speed: also measure speed and memory: prompts of the first blocks, then up to 32 new tokens, greedily.
+        trust_remote_code: run code that lies beside the models.
+        revision: of `model` or `before`.
+        progress: where to report; None reports nothing.
+
+    Raises:
+        ValueError: an option that is out of range.
+        CheckpointError: a model that is missing, corrupt, or lacks weights or a tokenizer.
+        UnsupportedModelError: models of different vocabularies, or of a type that transformers does not know.
+        DataError: text that cannot be used.
+    """
+    paths = [os.fspath(name) for name in _models(model, before, after)]
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: choose at least 1")
+    target = _device(device)
+    progress = progress or Progress(quiet=True)
+    checkpoints = [Checkpoint.open(path, revision if i == 0 else None) for i, path in enumerate(paths)]
+    configs = [_config(checkpoint, trust_remote_code) for checkpoint in checkpoints]
+    tokenizers = [_tokenizer(checkpoint, trust_remote_code) for checkpoint in checkpoints]
+    sizes = [config.vocab_size for config in configs]
+    vocab_size = shared_vocab_size(paths, [tokenizer.get_vocab() for tokenizer in tokenizers], sizes)
+    if vocab_size < max(sizes):
+        warnings.warn(f"the models have {sizes} logits: only the first {vocab_size} are compared", stacklevel=2)
+    for path, config in zip(paths, configs, strict=True):
+        longest = getattr(config, "max_position_embeddings", max_length)
+        if max_length > longest:
+            raise ValueError(f"max_length={max_length} but {path} has {longest} positions: choose 2..{longest}")
+    dtype = _dtype(dtype, configs[0])
+    tokenizer = tokenizers[0]
+    tokenizer_hash = _hash(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab())
+    blocks = token_blocks(
+        tokenizer,
+        bundled_text("heldout") if dataset is None else dataset,
+        num_samples=num_samples,
+        max_length=max_length,
+        seed=seed,
+        split=split,
+        shuffle=dataset is None,
+    )
+    models = [_load(checkpoint, dtype, target, trust_remote_code, progress) for checkpoint in checkpoints]
+    measured: Sequence[Speed | None] = [None] * len(models)
+    if speed:
+        progress.say("measuring speed and memory")
+        prompt, new_tokens = _prompt(blocks, batch_size)
+        measured = speeds(models, prompt.to(target), new_tokens=new_tokens)
+    totals = _totals(models, blocks, batch_size, vocab_size, progress)
+    return EvaluateResult(
+        rows=tuple(_row(i, checkpoints[i], totals, measured[i]) for i in range(len(models))),
+        dataset=None if dataset is None else os.fspath(dataset),
+        split=split,
+        sources=blocks.sources,
+        fingerprint=blocks.fingerprint,
+        tokenizer_hash=tokenizer_hash,
+        chat_template_hash=tokenizer.chat_template and _hash(tokenizer.chat_template),
+        num_samples=len(blocks.input_ids),
+        max_length=max_length,
+        num_tokens=blocks.num_tokens,
+        vocab_size=vocab_size,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=str(target),
+        seed=seed,
+        environment=environment(),
+    )
+
+
+class _Totals(NamedTuple):
+    """Sums over the tokens of each block; `n` blocks, `m` models."""
+
+    counts: Tensor  # [n], int64
+    nll: Tensor  # [m, n], float64, as the next two
+    kl: Tensor
+    agreement: Tensor
+
+
+@torch.inference_mode()
+def _totals(
+    models: Sequence[PreTrainedModel], blocks: TokenBlocks, batch_size: int, vocab_size: int, progress: Progress
+) -> _Totals:
+    num_blocks = len(blocks.input_ids)
+    nll, kl, agreement = torch.zeros(3, len(models), num_blocks, dtype=torch.float64)
+    counts = predicted(blocks.attention_mask).sum(1)
+    with progress.task("evaluate", total=num_blocks, unit="blocks") as advance:
+        for start in range(0, num_blocks, batch_size):
+            rows = slice(start, start + batch_size)
+            ids = blocks.input_ids[rows].to(models[0].device)
+            mask = blocks.attention_mask[rows].to(ids.device)
+            counted = predicted(mask)
+            teacher: Tensor | None = None
+            # Padding is on the right, where a causal model does not see it: no attention mask is needed.
+            for i, model in enumerate(models):
+                logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size]
+                nll[i, rows] = negative_log_likelihood(logits, ids, mask)[0].cpu()
+                if teacher is None:
+                    teacher = logits[:, :-1]
+                else:
+                    kl[i, rows] = forward_kl(teacher, logits[:, :-1], counted).cpu()
+                    agreement[i, rows] = top1_agreement(teacher, logits[:, :-1], counted).double().cpu()
+            advance(len(ids))
+    return _Totals(counts, nll, kl, agreement)
+
+
+def _row(i: int, checkpoint: Checkpoint, totals: _Totals, speed: Speed | None) -> Row:
+    nll = mean_per_token(totals.nll[i], totals.counts)
+    comparison = Comparison(
+        forward_kl=mean_per_token(totals.kl[i], totals.counts),
+        top1_agreement=mean_per_token(totals.agreement[i], totals.counts),
+        nll_difference=mean_per_token(totals.nll[i] - totals.nll[0], totals.counts),
+    )
+    return Row(
+        model=checkpoint.name,
+        num_parameters=num_parameters(checkpoint),
+        bytes_on_disk=bytes_on_disk(checkpoint),
+        nll=nll,
+        perplexity=perplexity(nll),
+        comparison=comparison if i else None,
+        speed=speed,
+    )
+
+
+def _models(model: Model | None, before: Model | None, after: Model | Sequence[Model] | None) -> list[Model]:
+    others = [] if after is None else [after] if isinstance(after, str | os.PathLike) else list(after)
+    if model is not None and before is None and not others:
+        return [model]
+    if model is None and before is not None and others:
+        return [before, *others]
+    raise ValueError("give one model alone, or before and after together")
+
+
+def _device(name: str) -> torch.device:
+    found = torch.cuda.device_count()
+    device = torch.device(("cuda" if found else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(f"device={name!r} but torch sees {found} CUDA devices")
+    return device
+
+
+def _dtype(name: str, config: PretrainedConfig) -> str:
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
+    return str(config.dtype or "float32").removeprefix("torch.") if name == "auto" else name
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModelError(f"{checkpoint.name}: transformers cannot load it ({reason})") from error
+    return config.get_text_config()
+
+
+def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{checkpoint.name}: its tokenizer cannot be read ({reason})") from error
+    # transformers makes up an empty tokenizer where it finds no files.
+    if not tokenizer("a")["input_ids"]:
+        raise CheckpointError(f"{checkpoint.name}: no tokenizer lies beside the weights")
+    return tokenizer
+
+
+def _load(
+    checkpoint: Checkpoint, dtype: str, device: torch.device, trust_remote_code: bool, progress: Progress
+) -> PreTrainedModel:
+    progress.say(f"loading {checkpoint.name}")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    # transformers fills what it does not find with random numbers and only logs it.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing, first {missing[0]}")
+    return model.to(device)
+
+
+def _prompt(blocks: TokenBlocks, batch_size: int) -> tuple[Tensor, int]:
+    """The first blocks up to the shortest one's padding, and a number of new tokens that fits the same length."""
+    ids, mask = blocks.input_ids[:batch_size], blocks.attention_mask[:batch_size]
+    length = int(mask.sum(1).min())
+    new_tokens = min(NEW_TOKENS, length // 2)
+    return ids[:, : length - new_tokens], new_tokens
+
+
+def _hash(value: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())

@@ -1,0 +1,264 @@
+"""Numbers as a reader takes them in at a glance, and drawings as inline SVG: pure functions from data to text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from html import escape
+
+SHADES = 9
+"""Steps of the sequential palette; the page's style sheet colours the classes q0 (lowest) to q8 (highest)."""
+
+
+def _prefixed(value: float, prefixes: Sequence[str]) -> str:
+    power = 0
+    while power + 1 < len(prefixes) and abs(value) >= 999.5:
+        value /= 1000
+        power += 1
+    if power == 0:
+        return f"{value:.0f} {prefixes[0]}".rstrip()
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f} {prefixes[power]}"
+
+
+def count(value: int) -> str:
+    """A number of things to three digits.
+
+    >>> count(3_340_000_000), count(999_999), count(64)
+    ('3.34 B', '1.00 M', '64')
+    """
+    return _prefixed(value, ("", "K", "M", "B", "T"))
+
+
+def size(value: int) -> str:
+    """A number of bytes to three digits, in decimal units.
+
+    >>> size(6_700_000_000), size(512)
+    ('6.70 GB', '512 B')
+    """
+    return _prefixed(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units.
+
+    >>> duration(0.0042), duration(12.34), duration(59.97), duration(7384)
+    ('4 ms', '12.3 s', '1 min 0 s', '2 h 3 min')
+    """
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: float) -> str:
+    """A measured value to three significant digits, in plain notation where that stays short.
+
+    >>> number(0.012345), number(1234.5), number(0.0000321), number(0)
+    ('0.0123', '1234', '3.21e-05', '0')
+    """
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:#.3g}".rstrip(".")
+
+
+def ratio(value: float) -> str:
+    """A factor; one below 1 never reads as 1.
+
+    >>> ratio(1.6), ratio(0.834), ratio(0.9999), ratio(41.7), ratio(0.0042)
+    ('1.60×', '0.83×', '0.999×', '42×', '0.0042×')
+    """
+    if 0.995 <= value < 1:
+        return f"{math.floor(value * 1000) / 1000:.3f}×"
+    if value >= 9.995:
+        return f"{value:.0f}×"
+    return f"{value:.2f}×" if value >= 0.0995 else f"{value:.2g}×"
+
+
+def change(before: float, after: float, less: str, more: str) -> str:
+    """How much less or more the second is, as a factor of at least one.
+
+    >>> change(16, 4, "smaller", "larger"), change(4, 5, "smaller", "larger"), change(4, 4, "smaller", "larger")
+    ('4.00× smaller', '1.25× larger', 'unchanged')
+    """
+    if before == after:
+        return "unchanged"
+    if not (before > 0 and after > 0):
+        return ""
+    return f"{ratio(before / after)} {less}" if after < before else f"{ratio(after / before)} {more}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value with its standard error, both to the decimal that the error's second digit has.
+
+    >>> with_error(12.4123, 0.1234), with_error(-1523.2, 31.0), with_error(12.4123, None)
+    ('12.41 ± 0.12', '−1523 ± 31', '12.4')
+    """
+    if not error:
+        return number(value)
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{decimals}f}".replace("-", "−") + f" ± {error:.{decimals}f}"
+
+
+def shade(value: float, low: float, high: float) -> int:
+    """Palette step, 0 to 8, of a value between `low` and `high`.
+
+    >>> shade(0.0, 0, 1), shade(0.5, 0, 1), shade(1.0, 0, 1), shade(0.0, 0, 0)
+    (0, 4, 8, 0)
+    """
+    return 0 if high <= low else min(SHADES - 1, int((value - low) / (high - low) * SHADES))
+
+
+def heat_map(
+    values: Sequence[Sequence[float] | None],
+    marked: Sequence[Collection[int]],
+    tips: Sequence[Sequence[str]],
+    rows: Sequence[int],
+    *,
+    title: str,
+    row: str = "layer",
+    column: str = "expert",
+) -> str:
+    """A table of cells coloured row by row, some of them marked: two SVG elements, the row labels and the cells.
+
+    The labels stand apart so that the page can hold them in place while the cells scroll sideways.
+
+    Args:
+        values: one sequence a row, or None where nothing was measured (such a row is drawn hatched). Colour runs from
+            zero, or the row's lowest value where that is negative, to the row's highest.
+        marked: the columns of each row that get an outline and a dot.
+        tips: the text that each cell shows under the pointer.
+        rows: the label of each row.
+        title: what the drawing shows, for readers who cannot see it.
+        row: name of the vertical axis.
+        column: name of the horizontal axis.
+    """
+    columns = max((len(line) for line in tips), default=0)
+    width = max(8, min(44, 1008 // max(columns, 1)))
+    height = max(11, min(28, width))
+    gap = 1 if width < 14 else 2
+    head, foot = 34, 2
+    label_width = 46
+    total_width, total_height = columns * width + 2, head + len(tips) * height + foot
+    column_step = 1 if width >= 18 else 4 if width >= 12 else 8
+    row_step = 1 if height >= 14 else 4
+
+    axis = [
+        f'<svg class="rows" aria-hidden="true" width="{label_width}" height="{total_height}"'
+        f' viewBox="0 0 {label_width} {total_height}">',
+        f'<text class="axis" x="0" y="{head - 9}">{escape(row)}</text>',
+    ]
+    cells = [
+        f'<svg class="cells" role="img" aria-label="{escape(title)}" width="{total_width}" height="{total_height}"'
+        f' viewBox="0 0 {total_width} {total_height}">',
+        f'<text class="axis" x="1" y="10">{escape(column)}</text>',
+    ]
+    for index in range(0, columns, column_step):
+        x = 1 + index * width + width / 2
+        cells.append(f'<text class="tick" x="{x:g}" y="{head - 9}" text-anchor="middle">{index}</text>')
+    radius = max(1.7, round(0.13 * height, 1))
+    inner_width, inner_height = width - gap, height - gap
+    for index, (line, kept, texts) in enumerate(zip(values, marked, tips, strict=True)):
+        y = head + index * height
+        if index % row_step == 0 or row_step == 1:
+            middle = y + inner_height / 2
+            axis.append(
+                f'<text class="tick" x="{label_width - 8}" y="{middle:g}" text-anchor="end"'
+                f' dominant-baseline="central">{rows[index]}</text>'
+            )
+        low, high = (min(0.0, *line), max(line)) if line else (0.0, 0.0)
+        cells.append(f'<g transform="translate(1 {y})">')
+        for position, text in enumerate(texts):
+            colour = "none" if line is None else f"q{shade(line[position], low, high)}"
+            cells.append(
+                f'<rect class="{colour}" x="{position * width}" width="{inner_width}" height="{inner_height}">'
+                f"<title>{escape(text)}</title></rect>"
+            )
+        for position in sorted(kept):
+            x = position * width
+            cells.append(
+                f'<rect class="mark" x="{x}" width="{inner_width}" height="{inner_height}"/>'
+                f'<circle class="mark" cx="{x + inner_width / 2:g}" cy="{inner_height / 2:g}" r="{radius:g}"/>'
+            )
+        cells.append("</g>")
+    return "\n".join([*axis, "</svg>", *cells, "</svg>"])
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """A logarithmic axis from `low` to `high` (both above zero), as percentages of whatever width the page has."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def around(cls, values: Sequence[float]) -> LogScale:
+        """The axis that shows all of `values` with a margin.
+
+        >>> scale = LogScale.around([10.0, 40.0])
+        >>> scale.low < 10 and scale.high > 40
+        True
+        """
+        low, high = min(values), max(values)
+        margin = max((high / low) ** 0.08, 1.02)
+        return cls(low / margin, high * margin)
+
+    def percent(self, value: float) -> float:
+        """Place of a value, 0 at the left end and 100 at the right; values off the axis stick to its ends.
+
+        >>> LogScale(1, 100).percent(10)
+        50.0
+        """
+        inside = min(max(value, self.low), self.high)
+        return round(100 * math.log(inside / self.low) / math.log(self.high / self.low), 2)
+
+    def ticks(self) -> tuple[float, ...]:
+        """At most five round values on the axis.
+
+        >>> LogScale(4, 120).ticks(), LogScale(8.1, 8.8).ticks()
+        ((5.0, 10.0, 20.0, 50.0, 100.0), (8.2, 8.4, 8.6, 8.8))
+        """
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        for leads, stride in (((1, 2, 5), 1), ((1, 3), 1), *(((1,), stride) for stride in range(1, last - first + 1))):
+            places = [lead * 10.0**exponent for exponent in range(first, last + 1, stride) for lead in leads]
+            ticks = tuple(place for place in places if self.low <= place <= self.high)
+            if 3 <= len(ticks) <= 5:
+                return ticks
+        span = self.high - self.low
+        base = 10.0 ** math.floor(math.log10(span / 4))
+        step = next(base * lead for lead in (1, 2, 5, 10) if span / (base * lead) <= 4)
+        inside = range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+        return tuple(round(step * i, 10) for i in inside)
+
+
+def interval(scale: LogScale, value: float, error: float | None, *, reference: float | None, title: str) -> str:
+    """A dot at `value` with a whisker of one standard error to each side, and a line at the reference.
+
+    Places are percentages, so that the drawing stretches with its table cell while its strokes and dots do not.
+    """
+    at = scale.percent(value)
+    parts = [f'<svg class="interval" role="img" aria-label="{escape(title)}" width="100%" height="18">']
+    parts += [
+        f'<line class="grid" x1="{scale.percent(tick):g}%" x2="{scale.percent(tick):g}%" y1="0" y2="18"/>'
+        for tick in scale.ticks()
+    ]
+    if reference is not None:
+        x = scale.percent(reference)
+        parts.append(f'<line class="reference" x1="{x:g}%" x2="{x:g}%" y1="0" y2="18"/>')
+    if error:
+        left, right = scale.percent(value - error), scale.percent(value + error)
+        parts.append(f'<line class="whisker" x1="{left:g}%" x2="{right:g}%" y1="9" y2="9"/>')
+    parts.append(f'<circle class="dot" cx="{at:g}%" cy="9" r="4"/></svg>')
+    return "".join(parts)
+
+
+def axis(scale: LogScale) -> str:
+    """The tick labels that stand above a column of intervals."""
+    labels = "".join(
+        f'<text class="tick" x="{scale.percent(tick):g}%" y="11" text-anchor="middle">{tick:g}</text>'
+        for tick in scale.ticks()
+    )
+    return f'<svg class="interval" aria-hidden="true" width="100%" height="14">{labels}</svg>'
