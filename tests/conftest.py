@@ -64,7 +64,9 @@ def make_router_constant(model: Any) -> None:
     """All router logits 0 and every expert chosen: the mixture is a plain mean, which a dense layer can equal."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in (".mlp.gate.", ".router.", ".block_sparse_moe.gate.", "shared_expert_gate")):
+            if any(
+                part in name for part in (".mlp.gate.", ".router.", ".block_sparse_moe.gate.", "shared_expert_gate")
+            ):
                 parameter.zero_()
 
 

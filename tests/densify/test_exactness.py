@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import FAMILIES, TINY, TinyModel, logits_of
 
 from burnish.densify import densify
-from tests.conftest import FAMILIES, TINY, TinyModel, logits_of
 
 NUM_EXPERTS = {name: next(v for k, v in tiny.items() if k.endswith("experts") and "shared" not in k)
                for name, tiny in TINY.items()}  # fmt: skip
