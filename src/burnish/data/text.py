@@ -258,7 +258,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import csv
 
     # A document may span lines and be longer than pyarrow's default block; one thread so that errors know their row.
