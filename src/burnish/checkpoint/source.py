@@ -79,13 +79,15 @@ class Checkpoint:
             rows: a contiguous range of the (remaining) first dimension.
 
         Raises:
-            CheckpointError: no such tensor, a short read, or a value that is not finite; names file and tensor.
+            CheckpointError: no such tensor or slice, a short read, or a NaN or infinite value; names both.
         """
         import torch
 
         info = self.info(name)
         shape, start = list(info.shape), info.start
         if index is not None:
+            if not 0 <= index < shape[0]:
+                raise CheckpointError(f"{info.file}: tensor {name} has {shape[0]} slices: there is no slice {index}")
             start += index * num_bytes(info.dtype, shape[1:])
             shape = shape[1:]
         if rows is not None:
@@ -95,7 +97,7 @@ class Checkpoint:
         buffer = torch.empty(num_bytes(info.dtype, shape), dtype=torch.uint8)
         with info.file.open("rb", buffering=0) as file:
             file.seek(start)
-            self._read_into(file, memoryview(buffer.numpy()), info)
+            self._read_into(file, buffer.numpy().data, info)
         tensor = buffer.view(torch_dtype(info.dtype)).view(shape)
         require_finite(tensor, info)
         return tensor
@@ -114,7 +116,7 @@ class Checkpoint:
             file.seek(info.start)
             for position in range(0, info.nbytes, COPY_BYTES):
                 piece = buffer[: min(COPY_BYTES, info.nbytes - position)]
-                view = memoryview(piece.numpy())
+                view = piece.numpy().data
                 self._read_into(file, view, info)
                 require_finite(piece.view(torch_dtype(info.dtype)), info)
                 yield view
@@ -201,14 +203,20 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
     index = path / INDEX_FILE
     if not index.exists():
         files = sorted(path.glob("*.safetensors"))
+        if path / "model.safetensors" in files:
+            return read_header(path / "model.safetensors")
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise CheckpointError(f"{path}: expected model.safetensors or {INDEX_FILE}; safetensors found: {found}")
         return read_header(files[0])
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: no valid weight_map") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: no valid weight_map: expected tensor names with their files")
     tensors: dict[str, TensorInfo] = {}
     for file_name in sorted(set(weight_map.values())):
         if not (path / file_name).exists():

@@ -61,10 +61,13 @@ class Staging:
         if not self.path.exists():
             return None
         try:
-            return json.loads((self.path / STATE_FILE).read_bytes())
+            stored = json.loads((self.path / STATE_FILE).read_bytes())
         except (OSError, ValueError):
-            shutil.rmtree(self.path)  # killed before its first mark: nothing in it is finished
+            stored = None  # killed before its first mark: nothing in it is finished
+        if stored is None or not self.files.exists():  # or after its last: `publish` had moved the files away
+            shutil.rmtree(self.path)
             return None
+        return stored
 
     def finished(self) -> dict[str, str]:
         """Finished files of the output and the hash of each, as recorded by `finish`."""
@@ -122,9 +125,14 @@ def hash_file(file: Path) -> str:
 def _mismatch(path: Path, stored: Any, wanted: Any) -> str:
     old, new = dict(_flat(stored)), dict(_flat(wanted))
     fields = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
-    shown = "; ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in fields[:3])
+    shown = "; ".join(f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}" for field in fields[:3])
     more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
     return f"{path}: unfinished work of another run: {shown}{more}: pass --overwrite to start anew"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}... ({xxhash.xxh3_64_hexdigest(text.encode())})"
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

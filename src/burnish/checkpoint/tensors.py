@@ -109,11 +109,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (size,)
             if length + 8 > size or length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{file}: truncated or not safetensors: {size} bytes hold no header")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: Any = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt safetensors header ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: corrupt safetensors header (expected a JSON object)")
     header.pop("__metadata__", None)
     tensors = [_tensor_info(file, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
@@ -131,14 +133,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _tensor_info(file: Path, name: str, entry: Mapping[str, Any], offset: int) -> TensorInfo:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-        start, end = (offset + int(position) for position in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+        first, last = entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: tensor {name}: corrupt header entry") from error
+    if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
+        raise CheckpointError(f"{file}: tensor {name}: shape and data_offsets need whole numbers >= 0")
     if dtype not in DTYPES:
         raise CheckpointError(f"{file}: tensor {name}: unknown type {dtype!r}, known are {', '.join(DTYPES)}")
-    if end - start != num_bytes(dtype, shape):
+    if last - first != num_bytes(dtype, shape):
         raise CheckpointError(
-            f"{file}: tensor {name}: {end - start} bytes for {dtype} {list(shape)}, expected {num_bytes(dtype, shape)}"
+            f"{file}: tensor {name}: {last - first} bytes for {dtype} {list(shape)}, expected {num_bytes(dtype, shape)}"
         )
-    return TensorInfo(name, dtype, shape, file, start, end)
+    return TensorInfo(name, dtype, shape, file, offset + first, offset + last)

@@ -13,6 +13,7 @@ from typing import Annotated, TextIO
 import typer
 from typer.main import get_command
 
+from burnish.cli import claims
 from burnish.cli.demo import demo
 from burnish.cli.densify import densify
 from burnish.cli.evaluate import evaluate
@@ -26,6 +27,11 @@ app.command("densify")(densify)
 app.command("evaluate")(evaluate)
 app.command("report")(report)
 app.command("demo")(demo)
+app.add_typer(claims.app, name="claims")
+
+INTERRUPTED = 130
+# typer's class of a mistyped command line, which lives in click or in typer itself depending on the version.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 
 def _print_version(value: bool) -> None:
@@ -57,13 +63,19 @@ def run(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     warnings.showwarning = _show_warning
     try:
-        get_command(app)(args=words, prog_name="burnish")
+        code = get_command(app)(args=words, prog_name="burnish", standalone_mode=not words)
+    except UsageError as error:
+        path = error.ctx.command_path if error.ctx else "burnish"
+        _fail(f"{error.format_message().rstrip('.')}; see {path} --help", 2, debug)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on where it stopped", 130, debug)
+        code = INTERRUPTED
     except ValueError as error:
         _fail(str(error), 2, debug)
     except (BurnishError, OSError, MemoryError) as error:
         _fail(str(error) or type(error).__name__, 1, debug)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+        sys.stderr.write("burnish: interrupted; run the same command again to go on where it stopped\n")
+    raise SystemExit(code or 0)
 
 
 def _with_hyphens(word: str) -> str:

@@ -6,6 +6,7 @@ package and pass its path as `family=` (`--family FILE`).
 
 from burnish.families.detect import FAMILIES, detect_family, load_family, resolve_config
 from burnish.families.family import DenseTwin, Family, MoEShape, SharedExperts
+from burnish.families.outline import outline
 from burnish.families.router import RouterRule, Routing
 from burnish.families.storage import ExpertStorage, Fused, PackedMxfp4, Separate, WritableStorage
 from burnish.families.student import FeedForward, Student, dense_config, describe_student
@@ -29,5 +30,6 @@ __all__ = [
     "describe_student",
     "detect_family",
     "load_family",
+    "outline",
     "resolve_config",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ def detect_family(raw: Config, family: Family | str | Path | None = None) -> Fam
         raise UnsupportedModelError(
             f"config.json: model_type is {model_type!r}, but family {chosen.name} is {chosen.model_type!r}"
         )
-    method = (raw.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, *READABLE_QUANTISATION):
+    settings = raw.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if settings and method not in READABLE_QUANTISATION:
         raise UnsupportedModelError(
-            f"the weights are quantised with {method}, which cannot be read: give a checkpoint in bfloat16 or float16"
+            f"config.json: the weights are quantised with {method or 'an unknown method'}, which cannot be read: give a"
+            " checkpoint in bfloat16 or float16"
         )
     return chosen
 
@@ -76,14 +79,19 @@ def load_family(file: str | Path) -> Family:
     """The `FAMILY` that a Python file defines.
 
     Raises:
-        UnsupportedModelError: no such file, or it defines no Family of that name.
+        UnsupportedModelError: no such file, it cannot be run, or it defines no Family of that name.
     """
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    name = f"burnish_family_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise UnsupportedModelError(f"{file}: no Python file with a family")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses look up their module there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UnsupportedModelError(f"{file}: cannot be run ({type(error).__name__}: {_one_line(error)})") from error
     family = getattr(module, "FAMILY", None)
     if not isinstance(family, Family):
         raise UnsupportedModelError(f"{file}: defines no FAMILY of type burnish.families.Family")

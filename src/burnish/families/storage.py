@@ -112,7 +112,7 @@ class Fused:
         gate_up, down = (2 * width, hidden), (hidden, width)
         if self.transposed:
             gate_up, down = gate_up[::-1], down[::-1]
-        shapes = {self.gate_up.format(layer=layer): (num_experts, *gate_up)}
+        shapes: dict[str, Shape] = {self.gate_up.format(layer=layer): (num_experts, *gate_up)}
         shapes[self.down.format(layer=layer)] = (num_experts, *down)
         if self.gate_up_bias and self.down_bias:
             shapes[self.gate_up_bias.format(layer=layer)] = (num_experts, 2 * width)
