@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.densify.records import layer_statistics
 
 from burnish.densify.group import GROUPINGS, average_linkage
 from burnish.densify.statistics import LayerStatistics
+from tests.densify.records import layer_statistics
 
 PLANTED = [[0, 3], [1, 5], [2, 4]]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.densify.records import PROBABILITIES, gates_of, layer_statistics, random_layer
 
 from burnish.densify.scale import SCALINGS, relative_block_error
 from burnish.densify.statistics import LayerStatistics
+from tests.densify.records import PROBABILITIES, gates_of, layer_statistics, random_layer
 
 SINGLES = [[0], [2]]
 ONES = torch.ones(3, dtype=torch.float64)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.densify.records import PROBABILITIES, constant_outputs, layer_statistics, outputs_of_norms
 
 from burnish.densify.score import SCORES, conditional_probability, importance
+from tests.densify.records import PROBABILITIES, constant_outputs, layer_statistics, outputs_of_norms
 
 WORKED = {
     "sf": [0.75, 0.75, 0.5],

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.densify.records import constant_outputs, layer_statistics
 
 from burnish.densify.score import importance
 from burnish.densify.select import d_optimal, effective_rank, importance_kernel, top_k
+from tests.densify.records import constant_outputs, layer_statistics
 
 
 def worked_kernel() -> torch.Tensor:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.densify.records import gates_of, random_layer
 
 from burnish.densify.statistics import LayerStatistics, RoutingStatistics, add_sums, output_sums, router_sums
 from burnish.errors import CheckpointError
+from tests.densify.records import gates_of, random_layer
 
 
 def raw(seed: int = 0, tokens: int = 60, num_experts: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,10 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
-    """Write one self-contained HTML page that shows what a run did and what it cost."""
+    """Write one self-contained HTML page that shows what a run did and what it cost.
+
+    Example: burnish report dense/
+    """
     from burnish.report import write_report
 
     page = write_report(run, out, overwrite=overwrite)

@@ -117,7 +117,7 @@ class EvaluateResult:
         table.add_column("model", overflow="fold")
         for heading in headings:
             table.add_column(heading, justify="right")
-        for row in self.rows:
+        for label, row in zip(_labels([row.model for row in self.rows]), self.rows, strict=True):
             cells = [f"{row.num_parameters:,}", filesize.decimal(row.bytes_on_disk), _shown(row.perplexity, 3)]
             if others:
                 seen = row.comparison
@@ -130,7 +130,7 @@ class EvaluateResult:
                     _rate(row.speed.decode_tokens_per_second, base.decode_tokens_per_second if base else None),
                     filesize.decimal(row.speed.peak_memory_bytes),
                 ]
-            table.add_row(escape(row.model), *cells)
+            table.add_row(escape(label), *cells)
         return table
 
 
@@ -140,6 +140,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _labels(models: list[str]) -> list[str]:
+    """The last parts of the names, where they tell the models apart."""
+    short = [model.rstrip("/").rpartition("/")[2] for model in models]
+    return short if len(set(short)) == len(models) and all(short) else models
 
 
 def _shown(estimate: Estimate, digits: int) -> str:

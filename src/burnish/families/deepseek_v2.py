@@ -57,6 +57,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="DeepSeek-V2",
     model_type="deepseek_v2",
+    becomes=("DeepseekV2ForCausalLM",),
     shape=shape,
     router=router,
     twin=twin,

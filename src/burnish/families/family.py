@@ -86,6 +86,7 @@ class Family:
     Attributes:
         name: for people.
         model_type: of the config.
+        becomes: classes that `twin` can choose, for the tables of the documentation.
         shape: config -> MoEShape.
         router: config -> RouterRule.
         twin: config -> DenseTwin.
@@ -101,6 +102,7 @@ class Family:
 
     name: str
     model_type: str
+    becomes: tuple[str, ...]
     shape: Callable[[Config], MoEShape]
     router: Callable[[Config], RouterRule]
     twin: Callable[[Config], DenseTwin]

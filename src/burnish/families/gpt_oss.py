@@ -26,6 +26,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="GPT-OSS",
     model_type="gpt_oss",
+    becomes=("GptOssForCausalLM",),
     shape=uniform_shape,
     router=softmax_router,
     twin=twin,

@@ -15,6 +15,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="Granite-MoE",
     model_type="granitemoe",
+    becomes=("GraniteForCausalLM",),
     shape=uniform_shape,
     router=softmax_router,
     twin=twin,

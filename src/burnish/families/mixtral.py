@@ -15,6 +15,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="Mixtral",
     model_type="mixtral",
+    becomes=("LlamaForCausalLM", "MistralForCausalLM"),
     shape=uniform_shape,
     router=softmax_router,
     twin=twin,

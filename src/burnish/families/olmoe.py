@@ -28,6 +28,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="OLMoE",
     model_type="olmoe",
+    becomes=("OlmoeForCausalLM",),
     shape=uniform_shape,
     router=softmax_router,
     twin=twin,

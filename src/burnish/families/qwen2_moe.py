@@ -24,6 +24,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="Qwen2-MoE",
     model_type="qwen2_moe",
+    becomes=("Qwen2ForCausalLM",),
     shape=qwen_shape,
     router=softmax_router,
     twin=twin,

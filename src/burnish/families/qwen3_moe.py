@@ -27,6 +27,7 @@ def twin(config: Config) -> DenseTwin:
 FAMILY = Family(
     name="Qwen3-MoE",
     model_type="qwen3_moe",
+    becomes=("Qwen3ForCausalLM",),
     shape=qwen_shape,
     router=softmax_router,
     twin=twin,
