@@ -52,6 +52,11 @@ def test_marginals_of_all_experts_sum_to_the_mean_mass() -> None:
     )
 
 
+def test_the_marginal_of_a_group_is_the_sum_of_its_experts() -> None:
+    grouped = scales("marginal", layer_statistics(renormalize=False), [[0, 2], [1]])
+    assert grouped.tolist() == pytest.approx([0.6, 0.3])
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_least_squares_is_never_worse_than_any_other_constant(seed: int, keep: int) -> None:

@@ -51,6 +51,12 @@ def test_default_ridge_is_one_over_keep() -> None:
     assert d_optimal(kernel, 2) == d_optimal(kernel, 2, ridge=0.5) == naive(kernel, 2, 1.2027778)
 
 
+def test_default_ridge_decides_where_half_and_one_differ() -> None:
+    kernel = torch.tensor([[3.0, 3, 0], [3, 3, 0], [0, 0, 1]]).double()
+    assert d_optimal(kernel, 2) == d_optimal(kernel, 2, ridge=0.5) == [0, 2]
+    assert d_optimal(kernel, 2, ridge=1.0) == [0, 1]
+
+
 def test_a_normalised_gram_leaves_the_importance_on_the_diagonal() -> None:
     stats = layer_statistics(constant_outputs())
     scores = importance(stats, "acp")

@@ -59,7 +59,6 @@ def d_optimal(kernel: Tensor, keep: int, *, ridge: float | None = None) -> list[
         expert = int(candidates.argmax())
         chosen.append(expert)
         row = kernel[expert] - rows[:step].mT @ rows[:step, expert]
-        row[expert] += lam
         rows[step] = row / variance[expert].clamp(min=floor).sqrt() if floor > 0 else 0
         variance = variance - rows[step].square()
     return chosen

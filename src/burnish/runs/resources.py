@@ -11,7 +11,16 @@ from typing import Any
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far, in bytes (`getrusage`; Linux reports KiB, macOS bytes)."""
+    """Largest resident set of this process so far, in bytes.
+
+    Linux: VmHWM, because `getrusage` there carries the peak of the parent over into a process that it starts.
+    Elsewhere `getrusage` (macOS reports bytes).
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
