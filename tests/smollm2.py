@@ -72,11 +72,17 @@ def _convert(gguf: Path, out: Path) -> None:
         ],
     }
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    name_common_tokenizer_class(out, model_max_length=8192)
+
+
+def name_common_tokenizer_class(model: Path, **changes: Any) -> None:
+    """Change a saved tokenizer's settings so that readers older than transformers 5 know its class."""
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
     for key in ("backend", "is_local", "local_files_only"):
         settings.pop(key, None)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192}
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **changes}
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def split_into_experts(dense: Path, out: Path, *, num_experts: int = 8, num_shards: int = 1) -> Path:

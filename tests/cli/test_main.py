@@ -100,5 +100,5 @@ def test_u11_demo_opens_no_socket_and_writes_a_report(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "demo" / "evaluation.json").read_text())["rows"]
     assert len(rows) == 5
     teacher, *students = (row["perplexity"]["value"] for row in rows)
-    assert all(teacher < student < 2048 for student in students)  # 2,048: a uniform guess
+    assert teacher < 30 and all(student > teacher for student in students)  # nothing is distilled yet
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()

@@ -63,11 +63,11 @@ def divergence(expected: Tensor, got: Tensor) -> float:
     return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).max().item()
 
 
-def ask(engine: str, model: Path, expected: Expected, logits: Path | None = None) -> dict[str, Any]:
+def ask(engine: str, model: Path, expected: Expected, **options: Any) -> dict[str, Any]:
     """What an engine makes of the same prompts; skips where it cannot be installed."""
     if reason := engines.why_unavailable(engine):
         pytest.skip(reason)
-    return engines.generate(engine, model, expected.prompts, expected.texts, max_new_tokens=NEW_TOKENS, logits=logits)
+    return engines.generate(engine, model, expected.prompts, expected.texts, max_new_tokens=NEW_TOKENS, **options)
 
 
 def require_same_answers(got: dict[str, Any], expected: Expected) -> None:
@@ -136,7 +136,7 @@ def test_u4_4_split_smollm2_made_dense_is_the_original(
 def test_u5_1_smollm2_in_plain_transformers(
     engine: str, dense: Path, expected: Expected, tmp_path: Path, record_property: Record
 ) -> None:
-    got = ask(engine, dense, expected, tmp_path / "logits.npy")
+    got = ask(engine, dense, expected, logits=tmp_path / "logits.npy")
     logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
     record_property("kl", divergence(expected.logits, logits))
     record_property("versions", got["versions"])
@@ -151,7 +151,7 @@ def test_u5_4_smollm2_in_vllm(dense: Path, expected: Expected, record_property: 
 
 
 def test_u5_4_smollm2_in_llama_cpp(dense: Path, expected: Expected, tmp_path: Path, record_property: Record) -> None:
-    got = ask("llama.cpp", dense, expected, tmp_path / "logits.npy")
+    got = ask("llama.cpp", dense, expected, logits=tmp_path / "logits.npy")
     logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
     record_property("kl", divergence(expected.logits, logits))
     record_property("versions", got["versions"])
@@ -169,14 +169,17 @@ def test_u5_1_every_family_in_plain_transformers(
     smollm2.name_common_tokenizer_class(teacher)
     densify(teacher, out, score="sf", dataset=str(text_file), num_samples=2, max_length=32)
     expected = expected_of(out, ["the expert of many weights are chosen by tokens", "a router"])
-    got = ask(engine, out, expected, tmp_path / "logits.npy")
+    got = ask(engine, out, expected, logits=tmp_path / "logits.npy")
     logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
     record_property("kl", divergence(expected.logits, logits))
     assert divergence(expected.logits, logits) < 1e-6
-    require_same_answers(got, expected)
+    # Not the text: for some model types transformers 5 puts the family's own tokenizer over the one that is saved.
+    assert got["tokens"] == expected.tokens
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
-def test_u5_4_qwen3_miniature(engine: str, dense_miniature: Path) -> None:
+def test_u5_4_qwen3_miniature_in_other_engines(engine: str, dense_miniature: Path) -> None:
     expected = expected_of(dense_miniature, ["The old man said", "def main("])
-    require_same_answers(ask(engine, dense_miniature, expected), expected)
+    # The miniature's tokenizer splits words as SmolLM's, but llama.cpp's converter knows tokenizers by name.
+    got = ask(engine, dense_miniature, expected, pre_tokenizer="smollm")
+    require_same_answers(got, expected)

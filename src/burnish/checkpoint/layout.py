@@ -63,7 +63,7 @@ def plan_shards(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> tuple
     groups: list[list[PlannedTensor]] = [[]]
     size = 0
     seen: set[str] = set()
-    for tensor in sorted(tensors, key=lambda tensor: natural_key(tensor.name)):
+    for tensor in sorted(tensors, key=lambda tensor: (natural_key(tensor.name), tensor.name)):
         if tensor.name in seen:
             raise ValueError(f"tensor {tensor.name} is planned twice")
         seen.add(tensor.name)
@@ -88,4 +88,4 @@ def index_json(shards: Iterable[Shard]) -> dict[str, object]:
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that orders `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

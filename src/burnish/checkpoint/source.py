@@ -52,7 +52,12 @@ class Checkpoint:
         """
         name = os.fspath(name_or_path)
         path = _resolve(name, revision)
-        return cls(name=name, path=path, config=read_config(path), tensors=_read_tensors(path))
+        try:
+            return cls(name=name, path=path, config=read_config(path), tensors=_read_tensors(path))
+        except CheckpointError as error:
+            if Path(name).expanduser().is_dir():
+                raise
+            raise CheckpointError(f"{error}; {_how_to_fetch(name, revision)}") from error
 
     @property
     def nbytes(self) -> int:
@@ -195,8 +200,13 @@ def _resolve(name: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{name}: no such directory, and config.json is not in the local hub cache"
-            f" ({type(error).__name__}); fetch it where there is a network: hf download {name}"
+            f" ({type(error).__name__}); {_how_to_fetch(name, revision)}"
         ) from error
+
+
+def _how_to_fetch(name: str, revision: str | None) -> str:
+    chosen = f" --revision {revision}" if revision else ""
+    return f"fetch it where there is a network: hf download {name}{chosen}"
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:

@@ -59,4 +59,5 @@ def demo(
     if not console.is_terminal:
         console.width = 200  # a pipe has no width, and the default of 80 folds the numbers
     console.print(result.table())
+    typer.echo("The students are initialisations: nothing was distilled yet. A uniform guess has perplexity 2,048.")
     typer.echo(f"report: {write_report(out)}")

@@ -17,6 +17,7 @@ from burnish.errors import BurnishError, CheckpointError
 from burnish.families import Fused, RouterRule
 
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+WEIGHT_COLUMNS = 2**16
 RULE_TOLERANCE = 0.02
 
 
@@ -265,10 +266,10 @@ class _Sums:
 
 
 def tokens_per_chunk(experts: nn.Module, storage: Fused, chunk_bytes: int) -> int:
-    """Tokens whose outputs of all experts, in work precision and float64, fit into `chunk_bytes`."""
-    num_experts, width, hidden = _sizes(experts, storage)
-    per_token = num_experts * (4 * 3 * width + (4 + 8) * hidden)
-    return max(1, chunk_bytes // per_token)
+    """Tokens whose outputs of all experts fit into `chunk_bytes`, with what their computation holds beside them."""
+    down = _matrices(experts, storage)[1]
+    num_experts, width, hidden = down.shape
+    return max(1, chunk_bytes // (num_experts * max(4 * width, width + hidden) * down.itemsize))
 
 
 def expert_outputs(experts: nn.Module, storage: Fused, hidden: Tensor) -> Tensor:
@@ -286,7 +287,8 @@ def expert_outputs(experts: nn.Module, storage: Fused, hidden: Tensor) -> Tensor
     between = hidden @ gate_up  # [E, tokens, 2 * width]
     if storage.gate_up_bias is not None:
         between = between + experts.gate_up_proj_bias.unsqueeze(1)  # type: ignore[operator]
-    outputs: Tensor = experts._apply_gate(between) @ down  # type: ignore[operator]
+    between = experts._apply_gate(between)  # type: ignore[operator]
+    outputs: Tensor = between @ down  # [E, tokens, hidden]
     if storage.down_bias is not None:
         outputs = outputs + experts.down_proj_bias.unsqueeze(1)  # type: ignore[operator]
     return outputs
@@ -298,8 +300,9 @@ def expert_weight_gram(layer: nn.Module, teacher: StreamedTeacher, index: int) -
     experts = block.get_submodule("experts")
     gram = torch.zeros(())
     for matrix in (experts.gate_up_proj, experts.down_proj):
-        flat = matrix.flatten(1).float()  # type: ignore[operator]
-        gram = gram + (flat @ flat.mT).double().cpu()
+        for columns in matrix.flatten(1).split(WEIGHT_COLUMNS, dim=1):  # type: ignore[operator]
+            part = columns.float()
+            gram = gram + (part @ part.mT).double().cpu()
     norm = gram.diagonal().sqrt()
     return gram / torch.outer(norm, norm)
 
@@ -309,8 +312,3 @@ def _matrices(experts: nn.Module, storage: Fused) -> tuple[Tensor, Tensor]:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     return (gate_up, down) if storage.transposed else (gate_up.mT, down.mT)
-
-
-def _sizes(experts: nn.Module, storage: Fused) -> tuple[int, int, int]:
-    num_experts, width, hidden = _matrices(experts, storage)[1].shape
-    return num_experts, width, hidden

@@ -15,6 +15,8 @@ from torch import Tensor
 from burnish.errors import CheckpointError
 
 FORMAT = "burnish.routing-statistics/1"
+DOUBLE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""Expert outputs held in float64 at a time: on a CPU they should stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,24 @@ def output_sums(outputs: Tensor, gates: Tensor, selected: Tensor) -> dict[str, T
         gates: [tokens, E], the weight used, 0 for experts that were not chosen.
         selected: [tokens, E] bool.
     """
-    outputs, gates = outputs.double(), gates.double()
-    flat = outputs.flatten(1)  # [E, tokens * hidden]
-    block = torch.einsum("te,eth->th", gates, outputs)
-    norms = outputs.norm(dim=-1).mT  # [tokens, E]
+    num_experts, num_tokens, hidden = outputs.shape
+    step = max(1, DOUBLE_BYTES["cuda" if outputs.is_cuda else "cpu"] // (8 * num_experts * hidden))
+    return add_sums(
+        _output_sums(outputs[:, first : first + step], gates[first : first + step], selected[first : first + step])
+        for first in range(0, max(1, num_tokens), step)
+    )
+
+
+def _output_sums(outputs: Tensor, gates: Tensor, selected: Tensor) -> dict[str, Tensor]:
+    """Each token's Gram matrix gives all the sums: <f_e, y> = sum_j g_j <f_e, f_j>, and ||f_e||^2 is its diagonal."""
+    outputs, gates = outputs.transpose(0, 1).double(), gates.double()
+    grams = outputs @ outputs.mT  # [tokens, E, E]
+    cross = (grams @ gates.unsqueeze(-1)).squeeze(-1)  # [tokens, E]
+    norms = grams.diagonal(dim1=1, dim2=2).sqrt()  # [tokens, E]
     return {
-        "gram": flat @ flat.mT,
-        "cross": flat @ block.flatten(),
-        "output_energy": block.square().sum(),
+        "gram": grams.sum(dim=0),
+        "cross": cross.sum(dim=0),
+        "output_energy": (cross * gates).sum(),
         "routed_norm_sum": (norms * selected).sum(dim=0),
         "gated_norm_sum": (norms * gates).sum(dim=0),
     }
