@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from burnish.checkpoint import Checkpoint
 from burnish.data import TokenBlocks, bundled_text, token_blocks
@@ -236,17 +238,30 @@ def _load(
     checkpoint: Checkpoint, dtype: str, device: torch.device, trust_remote_code: bool, progress: Progress
 ) -> PreTrainedModel:
     progress.say(f"loading {checkpoint.name}")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    with _no_foreign_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     # transformers fills what it does not find with random numbers and only logs it.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing, first {missing[0]}")
     return model.to(device)
+
+
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """Our own progress speaks; transformers' bars are switched off meanwhile, and back on as they were."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _prompt(blocks: TokenBlocks, batch_size: int) -> tuple[Tensor, int]:
