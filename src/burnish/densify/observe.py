@@ -209,19 +209,23 @@ class _Sums:
         self.checked = False
 
     def attach(self, layer: nn.Module, teacher: StreamedTeacher, index: int) -> None:
-        """Register the hooks; they go with the layer's MoE block."""
+        """Register the hooks; `record` removes them."""
         self.storage, self.place = teacher.family.module_storage, f"layer {index}"
         self.chunk_bytes = CHUNK_BYTES["cuda" if teacher.device.type == "cuda" else "cpu"]
         block = layer.get_submodule(teacher.family.block.format(layer=index).removeprefix(f"model.layers.{index}."))
         self.router = block.get_submodule(teacher.family.router_module)
-        self.router.register_forward_hook(self._see_router)
-        block.get_submodule("experts").register_forward_pre_hook(self._see_experts)
+        self.hooks = [
+            self.router.register_forward_hook(self._see_router),
+            block.get_submodule("experts").register_forward_pre_hook(self._see_experts),
+        ]
         shared = teacher.family.shared
         if shared is not None and shared.gate_module is not None:
-            block.get_submodule(shared.gate_module).register_forward_hook(self._see_shared_gate)
+            self.hooks.append(block.get_submodule(shared.gate_module).register_forward_hook(self._see_shared_gate))
 
     def record(self, weight_gram: Tensor | None) -> LayerStatistics:
-        """The sums so far, on the CPU."""
+        """The sums of all batches, on the CPU; removes the hooks, which would keep the last batch alive."""
+        for hook in self.hooks:
+            hook.remove()
         sums = {name: value.cpu() for name, value in self.total.items()}
         return LayerStatistics(**sums, weight_gram=weight_gram)
 

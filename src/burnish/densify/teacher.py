@@ -13,6 +13,7 @@ from burnish.checkpoint import Checkpoint
 from burnish.errors import CheckpointError
 from burnish.families import ExpertStorage, Family, MoEShape
 from burnish.families.family import Config
+from burnish.runs import return_freed_memory
 
 
 class _Recorder(nn.Module):
@@ -124,6 +125,7 @@ class StreamedTeacher:
             yield
         finally:
             module.to("meta")
+            return_freed_memory()
 
     def _fused_experts(self, layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
         """All experts of a layer in the 3-D form that transformers computes with, whatever the form on disk."""

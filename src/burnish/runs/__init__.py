@@ -2,6 +2,6 @@
 
 from burnish.runs.environment import environment
 from burnish.runs.progress import Progress
-from burnish.runs.resources import peak_rss_bytes, write_json
+from burnish.runs.resources import peak_rss_bytes, return_freed_memory, write_json
 
-__all__ = ["Progress", "environment", "peak_rss_bytes", "write_json"]
+__all__ = ["Progress", "environment", "peak_rss_bytes", "return_freed_memory", "write_json"]
