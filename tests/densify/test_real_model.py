@@ -26,6 +26,8 @@ TRANSFORMERS = ("transformers-4", "transformers-5")
 MINIATURE = Path(burnish.__file__).parent / "data" / "miniature" / "model"
 CHAT = (smollm2.QUESTION, "Explain in two sentences why the sky is blue.")
 NEW_TOKENS = 32
+# Nothing of it is a default, so that a reader that misses a key gets other logits.
+ROPE = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 2.0, "original_max_position_embeddings": 64}
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def test_u5_1_every_family_in_plain_transformers(
     family: str, engine: str, tiny_model: TinyModel, text_file: Path, tmp_path: Path, record_property: Record
 ) -> None:
     teacher, out = tmp_path / "teacher", tmp_path / "out"
-    shutil.copytree(tiny_model(family), teacher)
+    shutil.copytree(tiny_model(family, rope_parameters=ROPE), teacher)
     smollm2.name_common_tokenizer_class(teacher)
     densify(teacher, out, score="sf", dataset=str(text_file), num_samples=2, max_length=32)
     expected = expected_of(out, ["the expert of many weights are chosen by tokens", "a router"])

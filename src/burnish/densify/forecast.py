@@ -11,10 +11,12 @@ import torch
 from burnish.checkpoint import Checkpoint
 from burnish.checkpoint.tensors import torch_dtype
 from burnish.densify.observe import CHUNK_BYTES
+from burnish.densify.statistics import DOUBLE_BYTES
 from burnish.families import Fused, PackedMxfp4, Student
 
-ACT_BASE_BYTES = 390 * 2**20
-OBSERVE_BASE_BYTES = 530 * 2**20
+BASE_BYTES = 400 * 2**20
+KERNEL_BYTES = 500 * 2**20
+"""What torch keeps for matrix products in 16 bits on a CPU: compiled code for up to 1,024 shapes, one a token count."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,22 @@ def forecast(
     largest = max(tensor.nbytes for tensor in computed)
     widest_block = max(shape.expert_width, shape.shared_width)
     block = widest_block * shape.hidden_size * (4 + _stored_bytes(student))
-    act_peak = ACT_BASE_BYTES + int(largest * (2.5 if double_read else 1.0) + 2 * block)
+    act_peak = BASE_BYTES + int(largest * (2.5 if double_read else 1.0) + 2 * block)
     hidden_bytes = num_tokens * shape.hidden_size * dtype.itemsize
     layer_bytes = 3 * shape.num_experts * shape.expert_width * shape.hidden_size * dtype.itemsize
     embedding_bytes = student.config["vocab_size"] * shape.hidden_size * dtype.itemsize
     batch_tokens = batch_size * max_length
-    batch_bytes = batch_tokens * (6 * shape.hidden_size * dtype.itemsize + 8 * shape.num_experts * 4)
-    experts_per_token = shape.num_experts if outputs else 0
+    routed_columns = shape.top_k * (3 * shape.hidden_size + 4 * shape.expert_width)
+    batch_bytes = batch_tokens * ((6 * shape.hidden_size + routed_columns) * dtype.itemsize + 8 * shape.num_experts * 4)
     observe_peak = 0
     if num_tokens:
-        chunk = min(
-            CHUNK_BYTES["cpu"], batch_tokens * shape.num_experts * 12 * (shape.expert_width + shape.hidden_size)
-        )
-        active = max(layer_bytes + batch_bytes + (chunk if outputs else 0), embedding_bytes + batch_bytes)
-        observe_peak = OBSERVE_BASE_BYTES + int(active)
+        columns = max(4 * shape.expert_width, shape.expert_width + shape.hidden_size)
+        chunk = min(CHUNK_BYTES["cpu"], batch_tokens * shape.num_experts * columns * dtype.itemsize)
+        outputs_bytes = chunk + 2 * DOUBLE_BYTES["cpu"] if outputs else 0
+        kernels = KERNEL_BYTES if dtype.itemsize == 2 else 0
+        active = max(layer_bytes + max(batch_bytes, outputs_bytes) + kernels, embedding_bytes + batch_bytes)
+        observe_peak = BASE_BYTES + int(active)
+    experts_per_token = shape.num_experts if outputs else 0
     per_token_layer = 6.0 * shape.expert_width * shape.hidden_size * (shape.top_k + experts_per_token)
     per_token_layer += 8.0 * shape.hidden_size**2
     flops = num_tokens * len(shape.moe_layers) * per_token_layer

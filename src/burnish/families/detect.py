@@ -33,6 +33,7 @@ def resolve_config(raw: Config) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: transformers has no such `model_type`, or refuses a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
@@ -41,7 +42,7 @@ def resolve_config(raw: Config) -> dict[str, Any]:
     settings = {key: value for key, value in raw.items() if key not in ("model_type", "quantization_config")}
     try:
         config: dict[str, Any] = CONFIG_MAPPING[model_type](**settings).to_dict()
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"config.json: not a valid {model_type} config: {_one_line(error)}") from error
     return config
 
