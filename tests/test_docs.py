@@ -50,9 +50,9 @@ def support_matrix() -> str:
 
     lines = ["| family | `model_type` | becomes | " + " | ".join(ENGINES) + " |", "|---" * (3 + len(ENGINES)) + "|"]
     for family in FAMILIES.values():
-        cells = [tried(engine, family.becomes[-1]) for engine in ENGINES]
-        becomes = " or ".join(f"`{name}`" for name in family.becomes)
-        lines.append(f"| {family.name} | `{family.model_type}` | {becomes} | " + " | ".join(cells) + " |")
+        for architecture in family.becomes:
+            cells = " | ".join(tried(engine, architecture) for engine in ENGINES)
+            lines.append(f"| {family.name} | `{family.model_type}` | `{architecture}` | {cells} |")
     return "\n".join(lines)
 
 

@@ -243,7 +243,7 @@ def no_such_text(model: Path, tmp_path: Path) -> Bad:
 def no_tokenizer(model: Path, tmp_path: Path) -> Bad:
     for file in model.glob("tokenizer*"):
         file.unlink()
-    return Bad(model, {}, "no usable tokenizer|0 tokens after tokenisation", 1)
+    return Bad(model, {}, "no tokenizer, none of tokenizer.json", 1)
 
 
 def token_beyond_the_embedding(model: Path, tmp_path: Path) -> Bad:
@@ -350,6 +350,36 @@ def statistics_of_another_kind(model: Path, tmp_path: Path) -> Bad:
     save_file({"layers.0.counts": torch.ones(8)}, tmp_path / "routing.safetensors")
     options = {"statistics": str(tmp_path / "routing.safetensors")}
     return Bad(model, options, r"routing\.safetensors: holds no routing statistics", 1)
+
+
+def statistics_that_are_corrupt(model: Path, tmp_path: Path) -> Bad:
+    (tmp_path / "stats.safetensors").write_bytes(b"not safetensors at all")
+    return Bad(model, {"statistics": str(tmp_path / "stats.safetensors")}, r"cannot be read as routing statistics", 1)
+
+
+def corrupt_tokenizer(model: Path, tmp_path: Path) -> Bad:
+    (model / "tokenizer.json").write_text("{")
+    return Bad(model, {}, r"tokenizer\.json: not valid JSON", 1)
+
+
+def generation_config_of_another_kind(model: Path, tmp_path: Path) -> Bad:
+    (model / "generation_config.json").write_text("[]")
+    return Bad(model, {}, r"generation_config\.json: expected a JSON object, found list", 1)
+
+
+def end_token_that_is_no_number(model: Path, tmp_path: Path) -> Bad:
+    (model / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    return Bad(model, {}, r"generation_config\.json: eos_token_id '</s>' has no row", 1)
+
+
+def no_expert_per_token(model: Path, tmp_path: Path) -> Bad:
+    edit_json(model / "config.json", num_experts_per_tok=0)
+    return Bad(model, {}, r"config\.json: 0 experts per token of \d+: not a valid", 1)
+
+
+def plan_that_is_not_text(model: Path, tmp_path: Path) -> Bad:
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    return Bad(model, {"plan": str(tmp_path / "plan.json")}, r"plan\.json: not UTF-8 text", 1)
 
 
 def family_file_that_is_missing(model: Path, tmp_path: Path) -> Bad:
@@ -639,3 +669,24 @@ def test_the_installed_command_gives_the_same_lines_and_codes(
     assert done.stdout == ""
     assert done.stderr.startswith("burnish: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_inside_the_model_is_refused(model: Path, text_file: Path) -> None:
+    before = tree(model)
+    for out in (model / "dense", model):
+        with pytest.raises(OutputError, match=r"lies in the model's own directory|exists already"):
+            densify(model, out, dataset=str(text_file), num_samples=2, max_length=16)
+    with pytest.raises(OutputError, match="lies in the model's own directory"):
+        densify(model, model, dataset=str(text_file), num_samples=2, max_length=16, overwrite=True)
+    assert tree(model) == before
+
+
+def test_u6_1_what_is_left_behind_is_recorded_and_a_card_in_another_encoding_is_no_obstacle(
+    model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"old weights")
+    (model / ".hidden").write_text("x")
+    (model / "README.md").write_bytes("---\nlicense: mit\n---\ncaf\xe9".encode("latin-1"))
+    result = densify(model, tmp_path / "out", score="sf", dataset=str(text_file), num_samples=2, max_length=16)
+    assert result.record["files"]["dropped"] == [".hidden", "pytorch_model.bin"]
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()

@@ -43,3 +43,12 @@ def test_the_table_says_family_router_and_options(tiny_model: TinyModel) -> None
     assert "DeepSeek-V2 (deepseek_v2)" in text and "2 of 3 layers have 8 experts of width 16, top 2" in text
     assert "not renormalised, times 1.5, best 2 of 4 groups" in text and "shared experts of width 32" in text
     assert "2 merged" in text and "observing all experts" in text
+
+
+def test_u5_4_engine_lists_known_obstacles(tiny_model: TinyModel) -> None:
+    lines = inspect(tiny_model("deepseek_v2"), engines=["vllm", "llama.cpp", "sglang"]).engines
+    assert any("vllm" in line and "no: loads, but" in line for line in lines)
+    assert any("sglang" in line and "untested" in line for line in lines)
+    assert any("TokenizersBackend" in line for line in lines)
+    with pytest.raises(ValueError, match="engine='tgi': choose one of"):
+        inspect(tiny_model("deepseek_v2"), engines=["tgi"])

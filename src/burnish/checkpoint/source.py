@@ -137,14 +137,15 @@ class Checkpoint:
 
     def other_files(self) -> list[Path]:
         """Everything beside the weights, relative to the directory: config, tokenizer, templates, code, licences."""
-        return [
-            file.relative_to(self.path)
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
-            and not file.name.endswith(WEIGHT_SUFFIXES)
-            and file.name not in WEIGHT_INDEXES
-        ]
+        return [file for file in self._files() if not _is_left(file)]
+
+    def left_files(self) -> list[str]:
+        """Files that no output takes over: hidden ones, and weights in formats that are not read."""
+        read = {tensor.file.name for tensor in self.tensors.values()} | {INDEX_FILE}
+        return [str(file) for file in self._files() if _is_left(file) and str(file) not in read]
+
+    def _files(self) -> list[Path]:
+        return [file.relative_to(self.path) for file in sorted(self.path.rglob("*")) if file.is_file()]
 
     def fingerprint(self) -> dict[str, str]:
         """Per file: size, modification time and, for weights, a hash of all headers' entries; no weight is read."""
@@ -157,6 +158,11 @@ class Checkpoint:
         for relative in self.other_files():
             marks[str(relative)] = xxhash.xxh3_128_hexdigest((self.path / relative).read_bytes())
         return marks
+
+
+def _is_left(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return hidden or file.name.endswith(WEIGHT_SUFFIXES) or file.name in WEIGHT_INDEXES
 
 
 def require_finite(tensor: torch.Tensor, info: TensorInfo) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,18 @@ class Staging:
         digest = self.finished().get(file)
         return digest is not None and (self.files / file).exists() and hash_file(self.files / file) == digest
 
+    @contextmanager
+    def explaining(self, file: str) -> Iterator[None]:
+        """An OSError while `file` is written becomes an OutputError that says what is kept and what to do."""
+        try:
+            yield
+        except OSError as error:
+            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+            raise OutputError(
+                f"{self.out}: cannot write {file}: {reason}; {len(self.finished())} finished shards are"
+                f" kept in {self.path}: make room and run the same command again"
+            ) from error
+
     def publish(self) -> None:
         """Give the output its final name; the last step, and the only one that makes it visible."""
         for file in self.files.rglob("*"):
@@ -111,6 +125,12 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{out}: is a file, expected a directory name")
     if out.is_dir() and not overwrite and any(out.iterdir()):
         raise OutputError(f"{out}: exists already: choose another name, or pass --overwrite")
+
+
+def require_apart(out: Path, source: Path) -> None:
+    """Raise OutputError when `out` is the source directory or lies inside it: it would be copied into itself."""
+    if out.absolute().resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"{out}: lies in the model's own directory {source}: choose a place beside it")
 
 
 def hash_file(file: Path) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,27 +64,14 @@ def write_shards(
     advance(sum(shard.nbytes for shard in shards) - sum(shard.nbytes for shard in pending))
     written = 0
     for shard in pending:
-        with _explained(staging, shard.file):
+        with staging.explaining(shard.file):
             digest = _write_shard(source, shard, compute, staging.files / shard.file, advance)
             staging.finish(shard.file, digest)
         written += shard.nbytes
     if len(shards) > 1:
-        with _explained(staging, INDEX_FILE):
+        with staging.explaining(INDEX_FILE):
             (staging.files / INDEX_FILE).write_text(json.dumps(index_json(shards), indent=2) + "\n", encoding="utf-8")
     return written
-
-
-@contextmanager
-def _explained(staging: Staging, file: str) -> Iterator[None]:
-    """An OSError while `file` is written becomes an OutputError that says what is kept and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise OutputError(
-            f"{staging.out}: cannot write {file}: {reason}; {len(staging.finished())} finished shards are"
-            f" kept in {staging.path}: make room and run the same command again"
-        ) from error
 
 
 def _write_shard(source: Checkpoint, shard: Shard, compute: Compute, file: Path, advance: Callable[[int], None]) -> str:
@@ -137,7 +122,7 @@ def copy_other_files(source: Checkpoint, staging: Staging, replaced: Collection[
     for relative in source.other_files():
         if str(relative) not in replaced:
             target = staging.files / relative
-            with _explained(staging, str(relative)):
+            with staging.explaining(str(relative)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.path / relative, target)
             copied.append(str(relative))

@@ -15,11 +15,17 @@ def inspect(
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
     family: Annotated[Path | None, typer.Option(help="Python file that defines the model's family.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="List known obstacles: transformers 5, transformers 4, vllm, llama.cpp or sglang; repeatable."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a model's family and sizes, and what each number of kept experts would give; reads no weights.
 
-    Example: burnish inspect Qwen/Qwen3-30B-A3B
+    Example: burnish inspect Qwen/Qwen3-30B-A3B --engine vllm
     """
     import json
 
@@ -28,7 +34,13 @@ def inspect(
     from burnish.densify.inspect import inspect as run
 
     result = run(
-        model, num_samples=num_samples, max_length=max_length, batch_size=batch_size, family=family, revision=revision
+        model,
+        num_samples=num_samples,
+        max_length=max_length,
+        batch_size=batch_size,
+        family=family,
+        revision=revision,
+        engines=engine or (),
     )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.checkpoint import Staging, copy_other_files, parse_size, plan_shards, verify_output, write_shards
-from burnish.checkpoint.staging import refuse_existing
+from burnish.checkpoint.staging import refuse_existing, require_apart
 from burnish.checkpoint.write import require_disk_space
 from burnish.densify import ranks
 from burnish.densify.assemble import assemble
@@ -167,6 +167,7 @@ def densify(
         family=family,
         revision=revision,
     )
+    require_apart(out, job.subject.teacher.path)
     require_disk_space(out, job.forecast.disk_bytes)
     job.options.update(plan_only=plan_only, max_shard_size=max_shard_size, revision=revision)
     record = _new_record(job, started)
@@ -176,6 +177,16 @@ def densify(
         progress.say(note)
 
     staging = _open_staging(job, out, overwrite=overwrite, resume=resume)
+    with staging.explaining("the output"):
+        decided = _work(job, staging, record, plan_only, max_shard_bytes, progress)
+    ranks.wait_for_all()
+    return DensifyResult(out, decided, record, job.forecast)
+
+
+def _work(
+    job: Job, staging: Staging, record: dict[str, Any], plan_only: bool, max_shard_bytes: int, progress: Progress
+) -> DensifyPlan:
+    """Observe, decide, act, and publish; every rank decides the same, the first one acts."""
     clock = time.perf_counter()
     seen = _observe(job, staging, progress)
     observed = time.perf_counter()
@@ -197,8 +208,7 @@ def densify(
             _write_card(job, decided, record, staging)
         write_json(staging.files / "burnish.json", record)
         staging.publish()
-    ranks.wait_for_all()
-    return DensifyResult(out, decided, record, job.forecast)
+    return decided
 
 
 def _new_record(job: Job, started: str) -> dict[str, Any]:
@@ -319,14 +329,14 @@ def _act(
         raise OutputError(f"{staging.out}: tensors do not add up: {record['counts']}")
     copied = copy_other_files(teacher, staging, OWN_FILES)
     changed = sorted(OWN_FILES & {str(file) for file in teacher.other_files()})
-    record["files"] = {"copied": copied, "changed": changed, "dropped": []}
+    record["files"] = {"copied": copied, "changed": changed, "dropped": teacher.left_files()}
     write_json(staging.files / "config.json", student.config)
     verify_output(staging.files, shards)
 
 
 def _write_card(job: Job, plan: DensifyPlan, record: dict[str, Any], staging: Staging) -> None:
     card = job.subject.teacher.path / "README.md"
-    front_matter = front_matter_of(card.read_text(encoding="utf-8")) if card.exists() else {}
+    front_matter = front_matter_of(card.read_text(encoding="utf-8", errors="replace")) if card.exists() else {}
     (staging.files / "README.md").write_text(model_card(record, plan, front_matter), encoding="utf-8")
 
 

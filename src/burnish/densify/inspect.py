@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from burnish.densify.forecast import Forecast, forecast
-from burnish.densify.prepare import Subject, choose_device
+from burnish.densify.prepare import Subject
 from burnish.families import Family, describe_student
+from burnish.families.engines import obstacles
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,6 +52,7 @@ class Inspection:
         router: the routing rule.
         options: one for each choice.
         observe_router, observe_outputs: forecasts of observing with router-only and with all-expert scores.
+        engines: what is known of the student in the engines asked for.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Inspection:
     options: tuple[Option, ...]
     observe_router: Forecast
     observe_outputs: Forecast
+    engines: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -106,7 +110,7 @@ class Inspection:
             f" {_seconds(cost.observe_seconds)} on this CPU, {decimal(cost.disk_bytes)} of free disk with the output"
             for name, cost in (("routers (sf, pp, cp)", self.observe_router), ("all experts", self.observe_outputs))
         ]
-        return Group(*(Text(fact) for fact in facts), table, *(Text(cost) for cost in costs))
+        return Group(*map(Text, facts), table, *map(Text, costs), *map(Text, self.engines))
 
 
 def inspect(
@@ -117,6 +121,7 @@ def inspect(
     batch_size: int = 4,
     family: Family | str | Path | None = None,
     revision: str | None = None,
+    engines: Sequence[str] = (),
 ) -> Inspection:
     """Describe a Mixture-of-Experts checkpoint and forecast its conversion; reads headers and times short probes.
 
@@ -124,11 +129,12 @@ def inspect(
         model: directory or hub name.
         num_samples, max_length, batch_size: the calibration whose cost is forecast.
         family, revision: as for `burnish.densify`.
+        engines: of `burnish.families.engines.ENGINES`, whose known obstacles are listed.
 
     Raises:
         BurnishError: as `burnish.densify`.
+        ValueError: an unknown engine.
     """
-    choose_device("cpu")
     subject = Subject.open(model, revision=revision, family=family)
     shape = subject.shape
     max_length = min(max_length, subject.config.get("max_position_embeddings") or max_length)
@@ -170,6 +176,9 @@ def inspect(
         options=tuple(expect(keep, grouping, 0, False)[0] for keep, grouping in choices),
         observe_router=expect(shape.top_k, "none", tokens, False)[1],
         observe_outputs=expect(shape.top_k, "none", tokens, True)[1],
+        engines=tuple(
+            line for engine in engines for line in obstacles(engine, student.twin.architecture, subject.teacher.path)
+        ),
     )
 
 

@@ -108,6 +108,8 @@ class DensifyPlan(BaseModel):
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise BurnishError(f"{file}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise BurnishError(f"{file}: not UTF-8 text ({error.reason})") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])

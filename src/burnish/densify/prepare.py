@@ -18,8 +18,10 @@ from burnish.densify.forecast import Forecast, forecast
 from burnish.densify.plan import DensifyPlan
 from burnish.densify.score import Probability
 from burnish.densify.statistics import RoutingStatistics
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, UnsupportedModelError
 from burnish.families import Family, MoEShape, RouterRule, Student, describe_student, detect_family, resolve_config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class Subject:
         teacher = Checkpoint.open(model, revision)
         found = detect_family(teacher.config, family)
         config = resolve_config(teacher.config)
-        return cls(teacher, found, config, found.shape(config), found.router(config))
+        shape = found.shape(config)
+        if not 1 <= shape.top_k <= shape.num_experts:
+            raise UnsupportedModelError(
+                f"{teacher.path / 'config.json'}: {shape.top_k} experts per token of {shape.num_experts}: not a valid"
+                " Mixture-of-Experts config"
+            )
+        return cls(teacher, found, config, shape, found.router(config))
 
     def num_parameters(self) -> int:
         """Parameters of the teacher; MXFP4 experts count as the weights they hold."""
@@ -192,6 +200,10 @@ def load_calibration(
     """
     from transformers import AutoTokenizer
 
+    if not any((teacher.path / name).exists() for name in TOKENIZER_FILES):
+        raise BurnishError(
+            f"{teacher.path}: no tokenizer, none of {', '.join(TOKENIZER_FILES)}: copy the model's own there"
+        )
     longest = teacher.config.get("max_position_embeddings")
     if longest is not None and max_length > longest:
         warnings.warn(
@@ -232,7 +244,7 @@ def require_sound_tokens(teacher: Checkpoint, student: Student) -> None:
     rows = student.config["vocab_size"]
     file = teacher.path / "tokenizer.json"
     if file.exists():
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = _read_object(file)
         vocabulary = (content.get("model") or {}).get("vocab") or {}
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         largest = max([*ids, *(token["id"] for token in content.get("added_tokens") or [])], default=0)
@@ -240,12 +252,22 @@ def require_sound_tokens(teacher: Checkpoint, student: Student) -> None:
             raise BurnishError(f"{file}: token id {largest} has no row in the embedding of {rows} rows")
     file = teacher.path / "generation_config.json"
     if file.exists():
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = _read_object(file)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = settings.get(key)
             for token in value if isinstance(value, list) else [value]:
-                if token is not None and not -1 <= token < rows:
-                    raise BurnishError(f"{file}: {key} {token} has no row in the embedding of {rows} rows")
+                if token is not None and not (isinstance(token, int) and -1 <= token < rows):
+                    raise BurnishError(f"{file}: {key} {token!r} has no row in the embedding of {rows} rows")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BurnishError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise BurnishError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def choose_device(name: str) -> torch.device:

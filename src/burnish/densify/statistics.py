@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -134,9 +134,9 @@ class RoutingStatistics:
                 for key in stored.keys():  # noqa: SIM118 (not a mapping)
                     _, layer, name = key.split(".")
                     layers.setdefault(int(layer), {})[name] = stored.get_tensor(key)
-        except (OSError, ValueError) as error:
+            return cls({layer: LayerStatistics(**layers[layer]) for layer in sorted(layers)})
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot be read as routing statistics ({error})") from error
-        return cls({layer: LayerStatistics(**layers[layer]) for layer in sorted(layers)})
 
 
 def router_sums(logits: Tensor, probabilities: Tensor, gates: Tensor, selected: Tensor) -> dict[str, Tensor]:
