@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,15 +64,29 @@ def write_shards(
     require_disk_space(staging.out, sum(shard.nbytes for shard in pending))
     advance(sum(shard.nbytes for shard in shards) - sum(shard.nbytes for shard in pending))
     written = 0
-    for shard in pending:
-        with staging.explaining(shard.file):
-            digest = _write_shard(source, shard, compute, staging.files / shard.file, advance)
-            staging.finish(shard.file, digest)
-        written += shard.nbytes
+    with _one_thread():
+        for shard in pending:
+            with staging.explaining(shard.file):
+                digest = _write_shard(source, shard, compute, staging.files / shard.file, advance)
+                staging.finish(shard.file, digest)
+            written += shard.nbytes
     if len(shards) > 1:
         with staging.explaining(INDEX_FILE):
             (staging.files / INDEX_FILE).write_text(json.dumps(index_json(shards), indent=2) + "\n", encoding="utf-8")
     return written
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread meanwhile: every pass is bound by memory, and threads that wait for each other cost up to 4x."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_shard(source: Checkpoint, shard: Shard, compute: Compute, file: Path, advance: Callable[[int], None]) -> str:

@@ -116,7 +116,8 @@ def densify(
         scaling: "uniform", "score", "conditional", "mass", "marginal", "least-squares", or "auto": uniform where the
             router's weights sum to one, conditional elsewhere.
         dataset: calibration text: a file, a directory, a `datasets` name; None is the bundled corpus.
-        num_samples, max_length: calibration sequences and tokens in each.
+        num_samples: calibration sequences.
+        max_length: tokens in each.
         batch_size: sequences per forward pass.
         seed: of the choice of calibration text, of random groups and of padding.
         dtype: "auto" keeps the stored type; "float32", "bfloat16" or "float16" casts the output.
@@ -128,7 +129,9 @@ def densify(
         overwrite: replace `out`, and discard unfinished work of other inputs.
         resume: continue unfinished work of the same inputs.
         max_shard_size: with a unit, such as "5GB".
-        probability, ridge, normalize_gram: see `burnish.densify.decide.Choice`.
+        probability: which router weight CP averages; see `burnish.densify.decide.Choice`, as for the next two.
+        ridge: of the D-optimal selection.
+        normalize_gram: cosines in the D-optimal kernel.
         family: a family, or a Python file that defines one, for models that are not built in.
         revision: branch, tag or commit on the hub.
         progress: where progress is shown; silent by default.
