@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".o
 WEIGHT_INDEXES = (INDEX_FILE, "pytorch_model.bin.index.json", "tf_model.h5.index.json", "flax_model.msgpack.index.json")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 COPY_BYTES = 8 * 2**20
+EXPECT_BYTES = 32 * 2**20
 
 
 @dataclass
@@ -125,6 +126,14 @@ class Checkpoint:
                 self._read_into(file, view, info)
                 require_finite(piece.view(torch_dtype(info.dtype)), info)
                 yield view
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tell the system that these tensors will be read soon, so that it fetches them while others are worked on."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for info in map(self.info, names):
+            with info.file.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), info.start, min(info.nbytes, EXPECT_BYTES), os.POSIX_FADV_WILLNEED)
 
     def _read_into(self, file: Any, view: memoryview, info: TensorInfo) -> None:
         done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -95,7 +96,9 @@ def _write_shard(source: Checkpoint, shard: Shard, compute: Compute, file: Path,
     with partial.open("wb", buffering=0) as stream:
         digest.update(header := shard.header())
         _write_all(stream.fileno(), memoryview(header))
-        for tensor in shard.tensors:
+        for tensor, following in itertools.zip_longest(shard.tensors, shard.tensors[1:]):
+            if following is not None and following.copy_of is not None:
+                source.expect([following.copy_of])
             for piece in _pieces(source, tensor, compute):
                 digest.update(piece)
                 _write_all(stream.fileno(), piece)

@@ -15,7 +15,7 @@ from burnish.checkpoint import Checkpoint, PlannedTensor
 from burnish.checkpoint.tensors import torch_dtype
 from burnish.densify.plan import DensifyPlan, LayerPlan
 from burnish.errors import OutputError
-from burnish.families import Student
+from burnish.families import Separate, Student
 
 
 def assemble(
@@ -94,6 +94,9 @@ def _part(
 
 def _blocks(student: Student, plan: LayerPlan, teacher: Checkpoint, part: str) -> Iterator[tuple[Tensor, float]]:
     """The shared experts and the merged groups of a layer, each with its scale."""
+    if isinstance(student.storage, Separate):
+        kept = [expert for group in plan.groups for expert in group]
+        teacher.expect(student.storage.name(part, plan.layer, expert) for expert in kept)
     shared = student.family.shared
     if shared is not None and student.shape.shared_width:
         yield shared.storage.read(teacher, plan.layer, 0, part), plan.shared_scale
