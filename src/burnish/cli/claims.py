@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Show the board of measured claims, or measure them.", invoke_without_command=True)
+app = typer.Typer(
+    help="Show the board of measured claims, or measure them.\n\nExample: burnish claims run --only parameter-counts",
+    invoke_without_command=True,
+)
 Directory = Annotated[Path, typer.Option("--dir", help="Directory of claims files.")]
 
 

@@ -1,8 +1,9 @@
-"""Say before the work what it will need: memory, disk, bytes read and written, floating-point work, time."""
+"""Say before the work what it will need: memory, disk, bytes read and written, time."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from burnish.checkpoint import Checkpoint
 from burnish.checkpoint.tensors import torch_dtype
 from burnish.densify.observe import CHUNK_BYTES
-from burnish.densify.statistics import DOUBLE_BYTES
-from burnish.families import Fused, PackedMxfp4, Student
+from burnish.densify.statistics import DOUBLE_BYTES, output_sums
+from burnish.families import Fused, MoEShape, PackedMxfp4, Student
 
 BASE_BYTES = 400 * 2**20
 KERNEL_BYTES = 500 * 2**20
@@ -29,7 +30,6 @@ class Forecast:
         bytes_read: tensor bytes that writing reads.
         bytes_written: tensor bytes that writing writes.
         disk_bytes: free disk needed beside the source, hidden states of the observation included.
-        observe_flops: floating-point operations of the observation.
         observe_seconds, act_seconds: from a short probe of this machine.
     """
 
@@ -38,7 +38,6 @@ class Forecast:
     bytes_read: int
     bytes_written: int
     disk_bytes: int
-    observe_flops: float
     observe_seconds: float
     act_seconds: float
 
@@ -69,58 +68,87 @@ def forecast(
         dtype: in which the teacher computes.
     """
     shape = student.shape
-    expert_bytes = 3 * shape.expert_width * shape.hidden_size * _stored_bytes(student)
-    copies = sum(tensor.nbytes for tensor in student.tensors if tensor.copy_of is not None)
-    double_read = isinstance(student.storage, PackedMxfp4) or (
-        isinstance(student.storage, Fused) and student.storage.interleaved
-    )
-    routed = len(shape.moe_layers) * experts_read * expert_bytes
-    computed = [tensor for tensor in student.tensors if tensor.name in student.feed_forward]
-    shared_bytes = len(shape.moe_layers) * 3 * shape.shared_width * shape.hidden_size * _stored_bytes(student)
-    bytes_read = int(copies + routed * (5 / 3 if double_read else 1) + shared_bytes)
-    largest = max(tensor.nbytes for tensor in computed)
-    widest_block = max(shape.expert_width, shape.shared_width)
-    block = widest_block * shape.hidden_size * (4 + _stored_bytes(student))
-    act_peak = BASE_BYTES + int(largest * (2.5 if double_read else 1.0) + 2 * block)
-    hidden_bytes = num_tokens * shape.hidden_size * dtype.itemsize
-    layer_bytes = 3 * shape.num_experts * shape.expert_width * shape.hidden_size * dtype.itemsize
-    embedding_bytes = student.config["vocab_size"] * shape.hidden_size * dtype.itemsize
-    batch_tokens = batch_size * max_length
-    routed_columns = shape.top_k * (3 * shape.hidden_size + 4 * shape.expert_width)
-    batch_bytes = batch_tokens * ((6 * shape.hidden_size + routed_columns) * dtype.itemsize + 8 * shape.num_experts * 4)
-    observe_peak = 0
+    act_peak, bytes_read = _act_needs(student, experts_read)
+    seconds = 0.0
     if num_tokens:
-        columns = max(4 * shape.expert_width, shape.expert_width + shape.hidden_size)
-        chunk = min(CHUNK_BYTES["cpu"], batch_tokens * shape.num_experts * columns * dtype.itemsize)
-        outputs_bytes = chunk + 2 * DOUBLE_BYTES["cpu"] if outputs else 0
-        kernels = KERNEL_BYTES if dtype.itemsize == 2 else 0
-        active = max(layer_bytes + max(batch_bytes, outputs_bytes) + kernels, embedding_bytes + batch_bytes)
-        observe_peak = BASE_BYTES + int(active)
-    experts_per_token = shape.num_experts if outputs else 0
-    per_token_layer = 6.0 * shape.expert_width * shape.hidden_size * (shape.top_k + experts_per_token)
-    per_token_layer += 8.0 * shape.hidden_size**2
-    flops = num_tokens * len(shape.moe_layers) * per_token_layer
+        seconds = num_tokens * len(shape.moe_layers) * probe_token_seconds(shape, dtype, outputs=outputs)
+    hidden_bytes = num_tokens * shape.hidden_size * dtype.itemsize
     return Forecast(
         act_peak_bytes=act_peak,
-        observe_peak_bytes=observe_peak,
+        observe_peak_bytes=_observe_peak(student, batch_size * max_length, outputs, dtype) if num_tokens else 0,
         bytes_read=bytes_read,
         bytes_written=student.nbytes,
         disk_bytes=student.nbytes + 2 * hidden_bytes,
-        observe_flops=flops,
-        observe_seconds=flops / probe_flops(dtype) if num_tokens else 0.0,
+        observe_seconds=seconds,
         act_seconds=(bytes_read + student.nbytes) / probe_read_rate(teacher),
     )
 
 
-def probe_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product on the CPU in `dtype`, from a probe of 0.1 s."""
-    a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    a @ b
+def _act_needs(student: Student, experts_read: int) -> tuple[int, int]:
+    """Peak memory of writing, and the tensor bytes that it reads."""
+    shape, stored = student.shape, _stored_bytes(student)
+    matrices = 3 * len(shape.moe_layers) * shape.hidden_size * stored  # bytes of one column of all layers
+    copies = sum(tensor.nbytes for tensor in student.tensors if tensor.copy_of is not None)
+    packed = isinstance(student.storage, PackedMxfp4)
+    reads_pairs = packed or (isinstance(student.storage, Fused) and student.storage.interleaved)
+    routed = matrices * experts_read * shape.expert_width * (5 / 3 if reads_pairs else 1)
+    largest = max(tensor.nbytes for tensor in student.tensors if tensor.name in student.feed_forward)
+    block = max(shape.expert_width, shape.shared_width) * shape.hidden_size * (4 + stored)
+    peak = BASE_BYTES + largest * (2.5 if reads_pairs else 1.0) + 2 * block
+    return int(peak), int(copies + routed + matrices * shape.shared_width)
+
+
+def _observe_peak(student: Student, batch_tokens: int, outputs: bool, dtype: torch.dtype) -> int:
+    """Peak memory of observing: one layer, one batch and, with all experts, one chunk of their outputs."""
+    shape, size = student.shape, dtype.itemsize
+    layer = 3 * shape.num_experts * shape.expert_width * shape.hidden_size * size
+    embedding = int(student.config["vocab_size"]) * shape.hidden_size * size
+    routed_columns = shape.top_k * (3 * shape.hidden_size + 4 * shape.expert_width)
+    batch = batch_tokens * ((6 * shape.hidden_size + routed_columns) * size + 8 * shape.num_experts * 4)
+    columns = max(4 * shape.expert_width, shape.expert_width + shape.hidden_size)
+    chunk = min(CHUNK_BYTES["cpu"], batch_tokens * shape.num_experts * columns * size)
+    at_work = max(batch, chunk + 2 * DOUBLE_BYTES["cpu"] if outputs else 0)
+    kernels = KERNEL_BYTES if size == 2 else 0
+    return BASE_BYTES + max(layer + at_work + kernels, embedding + batch)
+
+
+def probe_token_seconds(shape: MoEShape, dtype: torch.dtype, *, outputs: bool) -> float:
+    """Seconds per token and layer on the CPU, from the real products and sums on a few experts and tokens.
+
+    Args:
+        shape: of the teacher.
+        dtype: in which it computes.
+        outputs: whether every expert runs on every token.
+    """
+    hidden, width, tokens = shape.hidden_size, shape.expert_width, 128
+    few = min(shape.num_experts, 8)
+    inputs = torch.ones(tokens, hidden, dtype=dtype)
+    gate_up, down = torch.ones(few, hidden, 2 * width, dtype=dtype), torch.ones(few, width, hidden, dtype=dtype)
+
+    def experts() -> object:
+        gate, up = (inputs @ gate_up).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ down
+
+    one_expert = _seconds(experts) / (tokens * few)
+    attention = one_expert * 4 * hidden / (3 * width)  # four square projections
+    total = one_expert * shape.top_k + attention
+    if outputs:
+        some = min(shape.num_experts, 32)
+        made = torch.ones(some, tokens, hidden, dtype=dtype)
+        gates = torch.ones(tokens, some, dtype=torch.float64)
+        sums = _seconds(lambda: output_sums(made, gates, gates > 0)) / tokens
+        total += one_expert * shape.num_experts + sums * (shape.num_experts / some) ** 2
+    return total
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Seconds of one call, after a warm-up, from calls for at least 0.1 s."""
+    work()
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.1:
-        a @ b
+    while (elapsed := time.perf_counter() - start) < 0.1:
+        work()
         count += 1
-    return 2.0 * 256 * 1024 * 1024 * count / (time.perf_counter() - start)
+    return elapsed / count
 
 
 def probe_read_rate(teacher: Checkpoint) -> float:
