@@ -33,13 +33,13 @@ def calibration(sequences: int = 5, length: int = 16, padded: bool = False) -> C
 
 def streamed(
     directory: Path, work: Path, data: Calibration, *, batch_size: int = 2, rule: RouterRule | None = None,
-    outputs: bool = True, advance: Any = lambda batches: None,
+    outputs: bool = True, advance: Any = lambda batches: None, device: str = "cpu",
 ) -> RoutingStatistics:  # fmt: skip
     subject = Subject.open(directory)
     student = describe_student(subject.teacher, subject.family, subject.config, subject.shape.top_k)
     teacher = StreamedTeacher(
         subject.teacher, subject.family, subject.config, student.storage,
-        device=torch.device("cpu"), dtype=torch.float32,
+        device=torch.device(device), dtype=torch.float32,
     )  # fmt: skip
     return observe(
         teacher, rule or subject.rule, data, outputs=outputs, weights=False, batch_size=batch_size, work=work,
@@ -220,3 +220,15 @@ def test_two_ranks_decide_the_same_plan_as_one(tiny_model: TinyModel, text_file:
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_sees_what_the_cpu_sees(family: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory, data = tiny_model(family), calibration(padded=True)
+    cpu = streamed(directory, tmp_path / "cpu", data)
+    gpu = streamed(directory, tmp_path / "gpu", data, device="cuda")
+    for layer, stats in cpu.layers.items():
+        for name, value in stats.tensors().items():
+            torch.testing.assert_close(gpu.layers[layer].tensors()[name], value, atol=1e-2, rtol=1e-3)
