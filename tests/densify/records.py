@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from burnish.densify.statistics import LayerStatistics, add_sums, output_sums, router_sums
+from burnish.densify.statistics import LayerStatistics, output_sums, router_sums
 from burnish.families import RouterRule
 
 PROBABILITIES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]], dtype=torch.float64)
@@ -51,8 +51,3 @@ def random_layer(
     probabilities = torch.rand(tokens, num_experts, generator=generator, dtype=torch.float64).softmax(dim=-1)
     outputs = torch.randn(num_experts, tokens, hidden, generator=generator, dtype=torch.float64)
     return layer_statistics(outputs, probabilities=probabilities, top_k=top_k)
-
-
-def summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """See `add_sums`."""
-    return add_sums(parts)

@@ -194,7 +194,13 @@ def quantised_by_name(model: Path, tmp_path: Path) -> Bad:
 def int8_experts(model: Path, tmp_path: Path) -> Bad:
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     edit_weights(model, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    return Bad(model, {}, rf"tensor {re.escape(name)} is I8: quantised experts cannot be read", 1)
+    return Bad(model, {}, rf"tensor {re.escape(name)} is I8: quantised weights cannot be read", 1)
+
+
+def int8_attention(model: Path, tmp_path: Path) -> Bad:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit_weights(model, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    return Bad(model, {}, rf"tensor {re.escape(name)} is I8: quantised weights cannot be read", 1)
 
 
 def unknown_family(model: Path, tmp_path: Path) -> Bad:

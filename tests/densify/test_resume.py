@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from burnish.densify import RoutingStatistics, densify
+from burnish.errors import ResumeMismatchError
 from tests.conftest import TinyModel
 
 DRIVER = '''
@@ -400,3 +402,38 @@ def test_u12_1_a_fresh_process_with_another_hash_seed_gives_the_same_bytes(
 
 def test_u12_2_the_global_state_is_the_same_before_and_after_a_call(runner: Runner) -> None:
     assert runner.changed == {}
+
+
+def test_u2_2_changed_statistics_are_refused_by_name(
+    tiny_model: TinyModel, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, statistics = tiny_model("qwen3_moe"), tmp_path / "routing.safetensors"
+    for seed in (0, 1):
+        densify(
+            model, tmp_path / f"{seed}", score="sf", dataset=str(text_file), num_samples=2, max_length=16, seed=seed
+        )
+
+    def take(seed: int) -> None:
+        shutil.copyfile(tmp_path / f"{seed}" / "statistics" / "routing.safetensors", statistics)
+
+    def interrupt(*args: Any, **options: Any) -> int:
+        raise KeyboardInterrupt
+
+    take(0)
+    with monkeypatch.context() as patched:
+        patched.setattr("burnish.densify.convert.write_shards", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            densify(model, tmp_path / "out", score="sf", statistics=statistics)
+    other = RoutingStatistics.load(tmp_path / "1" / "statistics" / "routing.safetensors")
+    (other + other).save(statistics)
+    with pytest.raises(ResumeMismatchError, match="statistics was '"):
+        densify(model, tmp_path / "out", score="sf", statistics=statistics)
+    take(0)
+    assert densify(model, tmp_path / "out", score="sf", statistics=statistics).out == tmp_path / "out"
+
+
+def test_u4_2_dropped_tensors_are_recorded_by_name(tiny_model: TinyModel, text_file: Path, tmp_path: Path) -> None:
+    data = {"dataset": str(text_file), "num_samples": 2, "max_length": 16}
+    record = densify(tiny_model("qwen3_moe"), tmp_path / "o", score="sf", **data).record
+    assert record["dropped_tensors"] == [f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)]
+    assert len(record["dropped_tensors"]) == record["counts"]["dropped"]

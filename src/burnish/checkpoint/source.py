@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".tflite")
 WEIGHT_INDEXES = (INDEX_FILE, "pytorch_model.bin.index.json", "tf_model.h5.index.json", "flax_model.msgpack.index.json")
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["*/*.safetensors"]  # second copies in other formats, such as original/ beside GPT-OSS
 COPY_BYTES = 8 * 2**20
 EXPECT_BYTES = 32 * 2**20
 
@@ -209,7 +210,9 @@ def _resolve(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+        )
     except HFValidationError as error:
         raise CheckpointError(f"{name}: no such directory, and not a hub name ({error})") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

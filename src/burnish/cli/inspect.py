@@ -23,7 +23,7 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a model's family and sizes, and what each number of kept experts would give; reads no weights.
+    """Show a model's family and sizes, and what each number of kept experts would give and need.
 
     Example: burnish inspect Qwen/Qwen3-30B-A3B --engine vllm
     """

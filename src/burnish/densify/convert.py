@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from burnish.checkpoint import Staging, copy_other_files, parse_size, plan_shards, verify_output, write_shards
-from burnish.checkpoint.staging import refuse_existing, require_apart
+from burnish.checkpoint.staging import hash_file, refuse_existing, require_apart
 from burnish.checkpoint.write import require_disk_space
 from burnish.densify import ranks
 from burnish.densify.assemble import assemble
@@ -246,6 +248,8 @@ def _open_staging(job: Job, out: Path, *, overwrite: bool, resume: bool) -> Stag
     fingerprint = {
         "options": job.options,
         "plan": job.given.to_json() if job.given else None,
+        "statistics": hash_file(Path(job.options["statistics"])) if job.options["statistics"] else None,
+        "structure": xxhash.xxh3_128_hexdigest(repr((job.student.config, job.student.tensors)).encode()),
         "data": job.tokens.fingerprint if job.tokens else None,
         "teacher": job.subject.teacher.fingerprint(),
         "versions": {name: versions[name] for name in ("burnish", "torch", "transformers")},
@@ -330,6 +334,7 @@ def _act(
     }
     if record["counts"]["read"] != sum(record["counts"][kind] for kind in ("converted", "copied", "dropped")):
         raise OutputError(f"{staging.out}: tensors do not add up: {record['counts']}")
+    record["dropped_tensors"] = sorted(student.dropped)
     copied = copy_other_files(teacher, staging, OWN_FILES)
     changed = sorted(OWN_FILES & {str(file) for file in teacher.other_files()})
     record["files"] = {"copied": copied, "changed": changed, "dropped": teacher.left_files()}

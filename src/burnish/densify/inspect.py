@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from burnish.densify.forecast import Forecast, forecast
-from burnish.densify.prepare import Subject
+from burnish.densify.prepare import Subject, compute_dtype
 from burnish.families import Family, describe_student
 from burnish.families.engines import obstacles
 
@@ -123,7 +121,9 @@ def inspect(
     revision: str | None = None,
     engines: Sequence[str] = (),
 ) -> Inspection:
-    """Describe a Mixture-of-Experts checkpoint and forecast its conversion; reads headers and times short probes.
+    """Describe a Mixture-of-Experts checkpoint and forecast its conversion.
+
+    Reads headers, and up to 64 MiB of weights to time the disk; times a few matrix products.
 
     Args:
         model: directory or hub name.
@@ -157,7 +157,7 @@ def inspect(
             max_length=max_length,
             batch_size=batch_size,
             outputs=outputs,
-            dtype=torch.bfloat16,
+            dtype=compute_dtype(subject.config, student),
         )
         return Option(keep, grouping, student.width, student.num_parameters, student.nbytes, expected), expected
 

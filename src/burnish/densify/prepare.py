@@ -144,7 +144,7 @@ def prepare(
         notes.append(student.twin.why)
     require_sound_tokens(subject.teacher, student)
     stored = None if statistics is None else load_statistics(Path(statistics), subject.shape, choice)
-    compute_device, compute_dtype = choose_device(device), _compute_dtype(subject.config, student)
+    compute_device, working_dtype = choose_device(device), compute_dtype(subject.config, student)
     tokens = None
     if given is None and stored is None:
         tokens = load_calibration(subject.teacher, dataset, num_samples, max_length, seed)
@@ -156,7 +156,7 @@ def prepare(
         stored=stored,
         tokens=tokens,
         device=compute_device,
-        dtype=compute_dtype,
+        dtype=working_dtype,
         batch_size=batch_size,
         forecast=forecast(
             subject.teacher,
@@ -166,7 +166,7 @@ def prepare(
             max_length=tokens.input_ids.shape[1] if tokens else 1,
             batch_size=batch_size,
             outputs=choice.needs_outputs,
-            dtype=compute_dtype,
+            dtype=working_dtype,
         ),
         options={
             "score": given.score if given else choice.score,
@@ -294,7 +294,7 @@ def _output_dtype(name: str) -> str:
     return stored
 
 
-def _compute_dtype(config: dict[str, Any], student: Student) -> torch.dtype:
+def compute_dtype(config: dict[str, Any], student: Student) -> torch.dtype:
     """The type the teacher's config asks for, else the one its experts are stored in."""
     named = getattr(torch, str(config.get("dtype")).removeprefix("torch."), None)
     stored = next(tensor.dtype for tensor in student.tensors if tensor.name in student.feed_forward)

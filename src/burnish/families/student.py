@@ -77,7 +77,7 @@ class Student:
 def describe_student(
     teacher: Checkpoint, family: Family, config: Config, num_groups: int, dtype: str | None = None
 ) -> Student:
-    """Decide the structure of the dense student of a teacher; reads headers only.
+    """Decide the structure of the dense student of a teacher; reads headers, and a stored head that should be tied.
 
     Args:
         teacher: the Mixture-of-Experts checkpoint.
@@ -120,7 +120,8 @@ def describe_student(
     for name, info in teacher.tensors.items():
         if name in converted or name in dropped:
             continue
-        if dtype is None or info.dtype == dtype or info.dtype not in FLOATING:
+        require_floating(info)
+        if dtype is None or info.dtype == dtype:
             tensors.append(PlannedTensor(name, info.dtype, info.shape, copy_of=name))
         else:
             tensors.append(PlannedTensor(name, dtype, info.shape))
@@ -217,6 +218,15 @@ def require_loadable(student: Student) -> None:
             )
 
 
+def require_floating(info: TensorInfo) -> None:
+    """Refuse a weight that is not a plain floating number: copied as it is, the student would compute nonsense."""
+    if info.dtype not in FLOATING:
+        raise UnsupportedModelError(
+            f"{info.file}: tensor {info.name} is {info.dtype}: quantised weights cannot be read, give a checkpoint in"
+            " bfloat16, float16 or float32"
+        )
+
+
 def _find_storage(teacher: Checkpoint, family: Family, shape: MoEShape) -> ExpertStorage:
     """The layout of which most tensors are there; then all of them must be, in the right shape."""
 
@@ -256,11 +266,7 @@ def _expert_dtype(teacher: Checkpoint, storage: ExpertStorage, shape: MoEShape) 
     for layer in shape.moe_layers:
         for name in storage.tensors(layer, shape.num_experts, shape.hidden_size, shape.expert_width):
             info = teacher.tensors[name]
-            if info.dtype not in FLOATING:
-                raise UnsupportedModelError(
-                    f"{info.file}: tensor {name} is {info.dtype}: quantised experts cannot be read, give a checkpoint"
-                    " in bfloat16, float16 or float32"
-                )
+            require_floating(info)
     assert info is not None
     return info.dtype
 
