@@ -28,13 +28,14 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -182,6 +183,40 @@ def pack(ids: list[int], length: int) -> torch.Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
+class Corpus(NamedTuple):
+    """The texts, split and tokenised: what training, calibration and evaluation read."""
+
+    tokenizer: PreTrainedTokenizerFast
+    rows: torch.Tensor  # [rows, sequence_length]
+    calibration: dict[str, list[str]]
+    heldout: dict[str, list[str]]
+    unique_tokens: dict[str, int]
+    unigram: torch.Tensor  # [vocab], log-probabilities
+
+
+def prepare(args: argparse.Namespace) -> Corpus:
+    """Split the texts, train the tokenizer and pack the training rows; the same arguments give the same rows."""
+    texts, heldout = split_texts(args)
+    rng = random.Random(args.seed)
+    calibration = {
+        name: take(documents, args.calibration_kb * 1000, rng, high=args.calibration_kb * 250)
+        for name, documents in texts.items()
+    }
+    largest = max(sum(map(len, documents)) for documents in texts.values())
+    sample = [text for documents in texts.values() for text in take(documents, largest // 4, rng)]
+    tokenizer = train_tokenizer(sample, args.vocab_size)
+    stream: list[int] = []
+    unique: dict[str, int] = {}
+    for name, documents in texts.items():
+        ids = encode(tokenizer, rng.sample(documents, len(documents)))
+        unique[name] = len(ids)
+        # A domain with less than half of the largest one's text is seen twice per pass.
+        stream += ids * (2 if sum(map(len, documents)) < largest / 2 else 1)
+    counts = torch.bincount(torch.tensor(stream), minlength=len(tokenizer)) + 1.0
+    rows = pack(stream, args.sequence_length)
+    return Corpus(tokenizer, rows, calibration, heldout, unique, (counts / counts.sum()).log())
+
+
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
     """A Qwen3-MoE decoder with random weights."""
     config = Qwen3MoeConfig(
@@ -242,7 +277,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def train(args: argparse.Namespace, model: Qwen3MoeForCausalLM, rows: torch.Tensor) -> dict[str, Any]:
+def train(args: argparse.Namespace, model: torch.nn.Module, rows: torch.Tensor) -> dict[str, Any]:
     """Train on the packed rows; returns the first and last logged loss, the tokens seen and the wall time."""
     arguments = TrainingArguments(
         output_dir=str(args.work_dir), use_cpu=True, bf16=True, max_steps=args.steps, seed=args.seed,
@@ -253,14 +288,16 @@ def train(args: argparse.Namespace, model: Qwen3MoeForCausalLM, rows: torch.Tens
     )  # fmt: skip
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        predicted, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        language = torch.nn.functional.cross_entropy(predicted.float(), targets)
+        if not hasattr(outputs, "router_logits"):
+            return language
         # The model's own load-balancing term pools all layers, which lets experts of a single layer die out.
         config = model.config
         balance = [
             load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
             for logits in outputs.router_logits
         ]
-        predicted, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        language = torch.nn.functional.cross_entropy(predicted.float(), targets)
         return language + args.aux_loss * sum(balance) / len(balance)
 
     trainer = Trainer(
@@ -271,7 +308,8 @@ def train(args: argparse.Namespace, model: Qwen3MoeForCausalLM, rows: torch.Tens
         optimizers=(MuonAdamW(model, args.lr), None),
     )
     checkpoint = get_last_checkpoint(str(args.work_dir)) if args.work_dir.is_dir() else None
-    if checkpoint:  # Trainer restores everything but the experts, which are saved one by one and trained as a stack
+    if checkpoint and isinstance(model, Qwen3MoeForCausalLM):
+        # Trainer restores everything but the experts, which are saved one by one and trained as a stack.
         model.load_state_dict(Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -377,16 +415,20 @@ their own are left out.
     (args.out / "SOURCES.md").write_text(text, encoding="utf-8")
 
 
-def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save weights (rounded to bfloat16), configs and tokenizer, with the key names of published checkpoints."""
-    model.config.output_router_logits, model.config.use_cache = False, True
+    sparse = isinstance(model, Qwen3MoeForCausalLM)
+    model.config.use_cache = True
+    if sparse:
+        model.config.output_router_logits = False
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["num_experts"] = config.pop("num_local_experts", model.config.num_experts)
+    if sparse:
+        config["num_experts"] = config.pop("num_local_experts", model.config.num_experts)
     words = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     words["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name, content in (("config.json", config), ("tokenizer_config.json", words)):
@@ -493,30 +535,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     torch.set_num_threads(args.threads)
     set_seed(args.seed)
-    texts, heldout_texts = split_texts(args)
-    rng = random.Random(args.seed)
-    calibration = {
-        name: take(documents, args.calibration_kb * 1000, rng, high=args.calibration_kb * 250)
-        for name, documents in texts.items()
-    }
+    corpus = prepare(args)
+    tokenizer, rows, unique = corpus.tokenizer, corpus.rows, corpus.unique_tokens
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "calibration.txt").write_text(join(calibration), encoding="utf-8")
-    (args.out / "heldout.txt").write_text(join(heldout_texts), encoding="utf-8")
-    write_sources(args, texts)
-
-    largest = max(sum(map(len, documents)) for documents in texts.values())
-    sample = [text for documents in texts.values() for text in take(documents, largest // 4, rng)]
-    tokenizer = train_tokenizer(sample, args.vocab_size)
-    stream: list[int] = []
-    unique: dict[str, int] = {}
-    for name, documents in texts.items():
-        ids = encode(tokenizer, rng.sample(documents, len(documents)))
-        unique[name] = len(ids)
-        # A domain with less than half of the largest one's text is seen twice per pass.
-        stream += ids * (2 if sum(map(len, documents)) < largest / 2 else 1)
-    rows = pack(stream, args.sequence_length)
-    heldout = {name: pack(encode(tokenizer, docs), args.sequence_length) for name, docs in heldout_texts.items()}
-    counts = torch.bincount(torch.tensor(stream), minlength=len(tokenizer)) + 1.0
+    (args.out / "calibration.txt").write_text(join(corpus.calibration), encoding="utf-8")
+    (args.out / "heldout.txt").write_text(join(corpus.heldout), encoding="utf-8")
+    write_sources(args, corpus.unique_tokens)
+    heldout = {name: pack(encode(tokenizer, docs), args.sequence_length) for name, docs in corpus.heldout.items()}
 
     model = build_model(args, tokenizer)
     run = train(args, model, rows)
@@ -525,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = args.out / "model"
     save(model, tokenizer, folder)
     saved = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)  # measure what was saved
-    run["scores"], run["usage"] = measure(saved, heldout, (counts / counts.sum()).log())
+    run["scores"], run["usage"] = measure(saved, heldout, corpus.unigram)
     (folder / "README.md").write_text(model_card(args, saved, run), encoding="utf-8")
     shutil.rmtree(args.work_dir)
     print(score_table(run["scores"]), usage_table(run["usage"]), sep="\n\n")

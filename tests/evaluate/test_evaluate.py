@@ -141,21 +141,21 @@ def test_a_padded_block_counts_its_tokens_only(tmp_path, home, run):
 
 def test_the_model_before_runs_once_for_all_models_after(home, run, monkeypatch):
     calls = Counter()
-    load = compare._load
+    load = compare.load_model
 
-    def counted(checkpoint, *args):
-        model = load(checkpoint, *args)
+    def counted(checkpoint, **options):
+        model = load(checkpoint, **options)
         model.register_forward_pre_hook(lambda *_: calls.update([Path(checkpoint.name).name]))
         return model
 
-    monkeypatch.setattr(compare, "_load", counted)
+    monkeypatch.setattr(compare, "load_model", counted)
     result = run(before=home / "before", after=[home / "after", home / "uniform", home / "copy"])
     assert len(result.rows) == 4
     assert calls == {"before": 3, "after": 3, "uniform": 3, "copy": 3}  # 5 blocks in batches of 2
 
 
 def test_u8_3_different_vocabularies_are_refused_before_loading(home, run, monkeypatch):
-    monkeypatch.setattr(compare, "_load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(compare, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(
         UnsupportedModelError, match=r"swapped: its vocabulary of 258 .* with 258: token 100 is '<unused 100>'"
     ):
@@ -229,7 +229,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path, home, run):
 )
 def test_options_out_of_range_are_refused_before_loading(home, run, monkeypatch, options, message):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(compare, "_load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(compare, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
         run(**options)
 

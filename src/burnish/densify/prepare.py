@@ -20,6 +20,7 @@ from burnish.densify.score import Probability
 from burnish.densify.statistics import RoutingStatistics
 from burnish.errors import BurnishError, UnsupportedModelError
 from burnish.families import Family, MoEShape, RouterRule, Student, describe_student, detect_family, resolve_config
+from burnish.runs import choose_device
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -268,23 +269,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BurnishError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of a `--device` value; "auto" is the GPU where there is one.
-
-    Raises:
-        ValueError: not a device, or not available.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}: no CUDA device is available: choose cpu or auto")
-    return device
 
 
 def _output_dtype(name: str) -> str:

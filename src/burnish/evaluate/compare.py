@@ -5,29 +5,26 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from burnish.checkpoint import Checkpoint
+from burnish.checkpoint.load import load_config, load_model, load_tokenizer
 from burnish.data import TokenBlocks, bundled_text, token_blocks
-from burnish.errors import CheckpointError, UnsupportedModelError
+from burnish.data.vocabulary import shared_vocab_size
 from burnish.evaluate.divergence import forward_kl, top1_agreement
 from burnish.evaluate.estimate import mean_per_token
 from burnish.evaluate.measure import Speed, bytes_on_disk, num_parameters, speeds
 from burnish.evaluate.perplexity import negative_log_likelihood, perplexity, predicted
 from burnish.evaluate.result import Comparison, EvaluateResult, Row
-from burnish.evaluate.vocabulary import shared_vocab_size
-from burnish.runs import Progress, environment
+from burnish.runs import Progress, choose_device, environment
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 NEW_TOKENS = 32
@@ -84,11 +81,11 @@ def evaluate(
     paths = [os.fspath(name) for name in _models(model, before, after)]
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
-    target = _device(device)
+    target = choose_device(device)
     progress = progress or Progress(quiet=True)
     checkpoints = [Checkpoint.open(path, revision if i == 0 else None) for i, path in enumerate(paths)]
-    configs = [_config(checkpoint, trust_remote_code) for checkpoint in checkpoints]
-    tokenizers = [_tokenizer(checkpoint, trust_remote_code) for checkpoint in checkpoints]
+    configs = [load_config(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in checkpoints]
+    tokenizers = [load_tokenizer(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in checkpoints]
     sizes = [config.vocab_size for config in configs]
     vocab_size = shared_vocab_size(paths, [tokenizer.get_vocab() for tokenizer in tokenizers], sizes)
     if vocab_size < max(sizes):
@@ -109,7 +106,12 @@ def evaluate(
         split=split,
         shuffle=dataset is None,
     )
-    models = [_load(checkpoint, dtype, target, trust_remote_code, progress) for checkpoint in checkpoints]
+    models = []
+    for checkpoint in checkpoints:
+        progress.say(f"loading {checkpoint.name}")
+        models.append(
+            load_model(checkpoint, dtype=getattr(torch, dtype), device=target, trust_remote_code=trust_remote_code)
+        )
     measured: Sequence[Speed | None] = [None] * len(models)
     if speed:
         progress.say("measuring speed and memory")
@@ -199,69 +201,10 @@ def _models(model: Model | None, before: Model | None, after: Model | Sequence[M
     raise ValueError("give one model alone, or before and after together")
 
 
-def _device(name: str) -> torch.device:
-    found = torch.cuda.device_count()
-    device = torch.device(("cuda" if found else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise ValueError(f"device={name!r} but torch sees {found} CUDA devices")
-    return device
-
-
 def _dtype(name: str, config: PretrainedConfig) -> str:
     if name != "auto" and name not in DTYPES:
         raise ValueError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
     return str(config.dtype or "float32").removeprefix("torch.") if name == "auto" else name
-
-
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        reason = str(error).partition("\n")[0]
-        raise UnsupportedModelError(f"{checkpoint.name}: transformers cannot load it ({reason})") from error
-    return config.get_text_config()
-
-
-def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{checkpoint.name}: its tokenizer cannot be read ({reason})") from error
-    # transformers makes up an empty tokenizer where it finds no files.
-    if not tokenizer("a")["input_ids"]:
-        raise CheckpointError(f"{checkpoint.name}: no tokenizer lies beside the weights")
-    return tokenizer
-
-
-def _load(
-    checkpoint: Checkpoint, dtype: str, device: torch.device, trust_remote_code: bool, progress: Progress
-) -> PreTrainedModel:
-    progress.say(f"loading {checkpoint.name}")
-    with _no_foreign_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    # transformers fills what it does not find with random numbers and only logs it.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing, first {missing[0]}")
-    return model.to(device)
-
-
-@contextmanager
-def _no_foreign_bars() -> Iterator[None]:
-    """Our own progress speaks; transformers' bars are switched off meanwhile, and back on as they were."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _prompt(blocks: TokenBlocks, batch_size: int) -> tuple[Tensor, int]:

@@ -1,0 +1,1 @@
+"""Distil a student from a teacher: divergences, chunked losses, cached teachers, the trainer."""

@@ -1,0 +1,1 @@
+"""Dense to smaller dense: width by activation importance, depth by block influence."""
