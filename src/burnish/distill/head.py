@@ -1,0 +1,86 @@
+"""The last step of a language model, apart from the rest: hidden states to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """A model's head: `finish(linear(hidden))` are its logits.
+
+    Attributes:
+        linear: the output embedding.
+        finish: what the model does to the projected states: a scale, a soft cap, or nothing.
+    """
+
+    linear: nn.Linear
+    finish: Callable[[Tensor], Tensor]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., vocab]` of hidden states `[..., hidden]`."""
+        return self.finish(self.linear(hidden))
+
+
+def language_head(model: PreTrainedModel) -> LanguageHead:
+    """The head of a causal language model, as its config describes it; `require_head` proves it."""
+    linear = model.get_output_embeddings()
+    if not hasattr(linear, "weight"):
+        raise UnsupportedModelError(f"{type(model).__name__}: has no output embedding with a weight")
+    return LanguageHead(linear, _finish(model.config.get_text_config()))
+
+
+def _finish(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
+    scaling = getattr(config, "logits_scaling", None)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    factor = getattr(config, "logit_scale", None)  # Cohere
+
+    def finish(logits: Tensor) -> Tensor:
+        if scaling:
+            logits = logits / scaling
+        if factor:
+            logits = logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return finish
+
+
+@torch.no_grad()
+def require_head(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Hold `language_head` applied to the decoder's output against the model's own logits.
+
+    Args:
+        model: in evaluation mode.
+        input_ids: Tensor `[batch, seq]`, int64; a few tokens are enough.
+
+    Raises:
+        UnsupportedModelError: they differ: the model does more than a projection and a scale after its decoder.
+    """
+    expected = model(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    found = language_head(model).logits(hidden).float()
+    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not error < TOLERANCE:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its logits are not its head applied to its last hidden states (they differ by"
+            f" {error:.1%}): this model cannot be distilled in chunks"
+        )
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model before its head."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    assert isinstance(found, nn.Module)
+    return found
