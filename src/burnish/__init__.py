@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from burnish.densify import densify as densify
+    from burnish.distill import distill as distill
     from burnish.evaluate import evaluate as evaluate
+    from burnish.prune import prune as prune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "densify", "evaluate"]
+__all__ = ["__version__", "densify", "distill", "evaluate", "prune"]
 
 
 def __getattr__(name: str) -> Any:

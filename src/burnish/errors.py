@@ -23,3 +23,7 @@ class OutputError(BurnishError):
 
 class DataError(BurnishError):
     """A text or preference file cannot be used; the message names file, row and column."""
+
+
+class TrainingError(BurnishError):
+    """Training cannot go on, because its loss or gradient is no longer a number; names the last good checkpoint."""

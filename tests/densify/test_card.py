@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from burnish.checkpoint.card import front_matter_of
 from burnish.densify import densify
-from burnish.densify.card import front_matter_of
 from tests.conftest import TinyModel
 
 

@@ -265,20 +265,37 @@ def test_u10_1_the_record_names_everything(home, run):
     assert sum(record["sources"].values()) >= 2
     assert len(record["fingerprint"]) == len(record["tokenizer_hash"]) == 32
     assert record["environment"]["versions"]["torch"]
-    speed = record["rows"][1]["speed"]
+    (speed,) = record["rows"][1]["speeds"]
     assert (speed["batch_size"], speed["prompt_tokens"], speed["new_tokens"]) == (2, 16, 16)
     assert speed["prefill_tokens_per_second"] > 0
     assert speed["peak_memory_bytes"] >= record["rows"][1]["bytes_on_disk"]
 
 
+def test_each_batch_size_is_measured_on_its_own_with_all_models(home, run, monkeypatch):
+    """Five blocks give 8 prompts by starting again; the prompts have one length for all batch sizes."""
+    prompts = []
+
+    def recorded(models, prompt, *, new_tokens):
+        prompts.append((len(models), prompt))
+        return [Speed(len(prompt), prompt.shape[1], new_tokens, 1.0, 2.0, 3.0, 4.0, 5)] * len(models)
+
+    monkeypatch.setattr(compare, "speeds", recorded)
+    result = run(before=home / "before", after=home / "after", speed=True, batch_sizes=[1, 8])
+    assert [(count, tuple(prompt.shape)) for count, prompt in prompts] == [(2, (1, 16)), (2, (8, 16))]
+    assert torch.equal(prompts[1][1][5:], prompts[1][1][:3])
+    assert [[speed.batch_size for speed in row.speeds] for row in result.rows] == [[1, 8], [1, 8]]
+    assert run(home / "before").rows[0].speeds == ()
+
+
 def test_u10_4_a_slower_model_is_said_to_be(home, run):
     result = run(before=home / "before", after=home / "after")
-    before, after = Speed(2, 16, 16, 1000.0, 100.0, 10**6), Speed(2, 16, 16, 1500.0, 83.0, 2 * 10**6)
-    rows = (replace(result.rows[0], speed=before), replace(result.rows[1], speed=after, model="after[bold]"))
+    before = Speed(2, 16, 16, 32.0, 1000.0, 20.0, 100.0, 10**6)
+    after = Speed(2, 16, 16, 21.3, 1500.0, 24.1, 83.0, 2 * 10**6)
+    rows = (replace(result.rows[0], speeds=(before,)), replace(result.rows[1], speeds=(after,), model="after[bold]"))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(replace(result, rows=rows).table())
     text = console.export_text()
-    line = next(line for line in text.splitlines() if "after[bold]" in line)
+    line = [line for line in text.splitlines() if "after[bold]" in line][1]  # of the second table
     assert "1,500 (1.50x)" in line
     assert "83 (0.83x) slower" in line
     assert text.count("slower") == 1
@@ -307,6 +324,25 @@ def test_command_prints_one_json_object_and_writes_the_same(tmp_path, home, cli)
     assert [Path(row["model"]).name for row in json.loads(result.stdout)["rows"]] == ["before", "after", "copy"]
     again = cli(*args)
     assert isinstance(again.exception, OutputError)
+
+
+def test_command_writes_the_table_into_the_card(tmp_path, home, cli):
+    after = shutil.copytree(home / "after", tmp_path / "after")
+    (after / "burnish.json").write_text("{}")
+    args = ("--before", home / "before", "--after", after, "--update-card")
+    assert cli(*args).exit_code == 0
+    written = (after / "README.md").read_text()
+    assert "| | before: before | this model | difference |" in written
+    assert cli(*args).exit_code == 0
+    assert (after / "README.md").read_text() == written
+
+
+def test_command_refuses_cards_and_batch_sizes_before_it_loads(home, cli, monkeypatch):
+    monkeypatch.setattr(compare, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    found = cli("--before", home / "before", "--after", home / "after", "--update-card")
+    assert isinstance(found.exception, OutputError)
+    assert isinstance(cli(home / "before", "--update-card").exception, ValueError)
+    assert "expected numbers with commas" in str(cli(home / "before", "--batch-sizes", "1;2").exception)
 
 
 def test_command_prints_a_table_of_one_model(home, cli):

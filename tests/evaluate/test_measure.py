@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from burnish.checkpoint import Checkpoint, TensorInfo
+from burnish.evaluate import measure
 from burnish.evaluate.measure import bytes_on_disk, num_parameters, speeds
 
 MIB = 2**20
@@ -66,6 +67,16 @@ def test_rates_count_the_tokens_of_the_whole_batch():
     (speed,) = speeds([Recorder(seconds=0.02)], torch.zeros(5, 6, dtype=torch.int64), new_tokens=5, repeats=3)
     assert 1500 / 4 <= speed.prefill_tokens_per_second <= 1500
     assert 250 / 4 <= speed.decode_tokens_per_second <= 250
+
+
+def test_latencies_are_the_medians_and_rates_follow_from_them(monkeypatch):
+    """Prefill 10, 30, 20 ms and decode 80, 40, 60 ms for 4 tokens of 2 sequences: medians 20 and 60 ms."""
+    timed = iter([(1, 1), (1, 1), (0.01, 0.08), (0.03, 0.04), (0.02, 0.06)])  # warm-up and memory first
+    monkeypatch.setattr(measure, "_generate", lambda *_: next(timed))
+    (speed,) = speeds([Recorder()], torch.zeros(2, 6, dtype=torch.int64), new_tokens=4, repeats=3)
+    assert (speed.prefill_ms, speed.decode_ms_per_token) == (20, 15)
+    assert speed.prefill_tokens_per_second == pytest.approx(12 / 0.02)
+    assert speed.decode_tokens_per_second == pytest.approx(8 / 0.06)
 
 
 def test_repeats_alternate_between_models():

@@ -99,6 +99,38 @@ def estimate(value: float, error: float | None) -> dict[str, float | None]:
     return {"value": value, "standard_error": error}
 
 
+def sample_speed(batch_size: int, parameters: int, speed: float) -> dict[str, Any]:
+    prefill, decode = 4121.0 * speed, 61.3 * speed
+    return {
+        "batch_size": batch_size,
+        "prompt_tokens": 256,
+        "new_tokens": 32,
+        "prefill_ms": 1000 * batch_size * 256 / prefill,
+        "prefill_tokens_per_second": prefill,
+        "decode_ms_per_token": 1000 * batch_size / decode,
+        "decode_tokens_per_second": decode,
+        "peak_memory_bytes": 2 * parameters + 900_000_000,
+    }
+
+
+def sample_task(name: str, scores: list[float], **changes: Any) -> dict[str, Any]:
+    """One metric of a task; the second and later models are compared with the first."""
+    return {
+        "task": name,
+        "version": "1.0",
+        "num_fewshot": 5,
+        "limit": None,
+        "chat_template_hash": None,
+        "fingerprint": f"questions of {name}",
+        "metric": "acc",
+        "filter": "none",
+        "higher_is_better": True,
+        "num_samples": 1000,
+        "values": [estimate(score, 0.0152) for score in scores],
+        "differences": [None, *(estimate(score - scores[0], 0.0098) for score in scores[1:])],
+    } | changes
+
+
 def sample_evaluation(students: list[tuple[str, int, float, float]], parameters: int) -> dict[str, Any]:
     """As `EvaluateResult.to_dict` writes it; a student is (model, parameters, perplexity, speed-up)."""
 
@@ -110,14 +142,7 @@ def sample_evaluation(students: list[tuple[str, int, float, float]], parameters:
             "nll": estimate(math.log(perplexity), 0.008),
             "perplexity": estimate(perplexity, perplexity * 0.008),
             "comparison": None,
-            "speed": {
-                "batch_size": 4,
-                "prompt_tokens": 256,
-                "new_tokens": 32,
-                "prefill_tokens_per_second": 4121.0 * speed,
-                "decode_tokens_per_second": 61.3 * speed,
-                "peak_memory_bytes": 2 * parameters + 900_000_000,
-            },
+            "speeds": [sample_speed(4, parameters, speed)],
         }
 
     rows = [row("Qwen/Qwen3-30B-A3B", parameters, 8.704, 1.0)]
@@ -146,13 +171,71 @@ def sample_evaluation(students: list[tuple[str, int, float, float]], parameters:
         "device": "cuda:0",
         "seed": 0,
         "environment": {"versions": VERSIONS, "platform": "Linux x86_64", "threads": 16, "devices": ["NVIDIA H100"]},
+        "tasks": [],
         "task": "language-modelling",
         "version": 1,
     }
 
 
+def sample_distillation(name: str, teacher: str, parameters: int) -> dict[str, Any]:
+    record = sample_record(4, 16, 4, "do-acp", name)
+    model = {"architecture": "Qwen3ForCausalLM", "parameters": parameters, "bytes": 2 * parameters}
+    for key in ("statistics", "counts", "files"):
+        del record[key]
+    return record | {
+        "verb": "distill",
+        "command": f"burnish distill {name} --teacher {teacher} --tokens 4B --out 02-distill",
+        "options": {"dataset": "fineweb-edu", "tokens": "4B", "loss": "forward-kl", "optimizer": "adamw", "lr": 1e-4},
+        "source": {"name": name, "family": "qwen3", "model_type": "qwen3", **model},
+        "output": model,
+        "teacher": {"name": teacher, "parameters": 30_532_122_624, "bytes": 61_064_245_248},
+        "training": {"tokens": 4_000_000_000, "steps": 2000, "tokens_per_second": 41_200.0, "tail_mass": None},
+        "seconds": {"train": 97_087.0},
+    }
+
+
+def sample_metrics(steps: int = 2000, tokens: int = 2_000_000) -> list[dict[str, Any]]:
+    draw = random.Random(1)
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        kl = 0.12 + 4.1 * (1 + step / 8) ** -0.75
+        noisy = kl * math.exp(0.12 * draw.gauss(0, 1))
+        line = {"step": step, "tokens": step * tokens, "loss": noisy, "kl": noisy, "nll": 2.16 + noisy * 0.9}
+        lines.append(line | {"lr": 1e-4, "grad_norm": 0.7, "seconds": 48.5 * step})
+        if step % (steps // 10) == 0 or step == 1:
+            lines.append({"step": step, "tokens": step * tokens, "eval_kl": kl, "eval_nll": 2.16 + 0.9 * kl})
+    return lines
+
+
+def sample_prune_plan(**changes: Any) -> dict[str, Any]:
+    draw = random.Random(3)
+    influence = [0.32] + [0.03 + 0.09 * draw.random() for _ in range(10)] + [0.41]
+    return {
+        "format": "burnish.prune.plan/1",
+        "source_shape": {
+            "num_hidden_layers": 12,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        "target_shape": {
+            "num_hidden_layers": 9,
+            "hidden_size": 1536,
+            "intermediate_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        "layers": "0-3,6-9,11",
+        "block_influence": influence,
+    } | changes
+
+
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(line) + "\n" for line in value), encoding="utf-8")
+        return
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
@@ -193,6 +276,61 @@ def make_sweep(tmp_path: Path) -> Callable[[], Path]:
             write(directory / name / "plan.json", sample_plan(4, 32, keep, score, seed))
             students.append((name, record["output"]["parameters"], perplexity, speed))
         write(directory / "evaluation.json", sample_evaluation(students, parameters))
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def make_distillation(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a distillation with a course of training, and returns its directory."""
+
+    def make(metrics: list[dict[str, Any]] | None = None) -> Path:
+        directory = tmp_path / "distilled"
+        write(directory / "burnish.json", sample_distillation("do-acp-k4", "Qwen3-30B-A3B", 773_000_000))
+        write(directory / "metrics.jsonl", sample_metrics() if metrics is None else metrics)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def make_pruning(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a pruning of 12 layers to 9, and returns its directory."""
+
+    def make(**changes: Any) -> Path:
+        directory = tmp_path / "pruned"
+        write(directory / "burnish.json", sample_record(4, 16, 4, "influence", "Qwen3-1.7B") | {"verb": "prune"})
+        write(directory / "plan.json", sample_prune_plan(**changes))
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path) -> Callable[[], Path]:
+    """Writes a recipe of two steps with tasks and speeds at two batch sizes, and returns its directory."""
+
+    def make() -> Path:
+        directory = tmp_path / "recipe"
+        first = sample_record(4, 16, 4, "do-acp")
+        before, after = first["source"]["parameters"], first["output"]["parameters"]
+        write(directory / "burnish.json", {"format": "burnish.run/1", "verb": "run", "options": {}, "steps": []})
+        write(directory / "01-densify" / "burnish.json", first)
+        write(directory / "01-densify" / "plan.json", sample_plan(4, 16, 4, "do-acp"))
+        write(directory / "02-distill" / "burnish.json", sample_distillation("01-densify", "Qwen3-30B-A3B", after))
+        write(directory / "02-distill" / "metrics.jsonl", sample_metrics())
+        names = ["/runs/recipe/01-densify", "/runs/recipe/02-distill"]
+        evaluation = sample_evaluation([(names[0], after, 214.3, 2.14), (names[1], after, 10.9, 2.1)], before)
+        for row, speed in zip(evaluation["rows"], (1.0, 2.14, 2.1), strict=True):
+            parameters = row["num_parameters"]
+            row["speeds"] = [sample_speed(size, parameters, speed * size / 4) for size in (1, 4, 16)]
+        evaluation["tasks"] = [
+            sample_task("hellaswag", [0.612, 0.268, 0.577], metric="acc_norm"),
+            sample_task("mmlu", [0.588, 0.251, 0.541], limit=100),
+            sample_task("wikitext", [9.1, 240.0, 11.2], metric="word_perplexity", higher_is_better=False),
+        ]
+        write(directory / "evaluation.json", evaluation)
         return directory
 
     return make

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from burnish.cli.report import report
 from burnish.errors import BurnishError, OutputError
 from burnish.report import page, read_run, render, write_report
+from burnish.report.comparable import quality_groups
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -162,7 +163,8 @@ def test_students_are_known_by_the_name_of_their_directory(make_sweep: Callable[
     directory = make_sweep()
     edit(directory / "evaluation.json", lambda e: [row.update(model=f"/data/{row['model']}") for row in e["rows"]])
     run = read_run(directory)
-    measured = [run.measured(conversion) for conversion in run.conversions]
+    groups = quality_groups(run.evaluations)
+    measured = [page.measured(run, groups, conversion)[1] for conversion in run.conversions]
     assert [row and row.model for row in measured] == [f"/data/{conversion.name}" for conversion in run.conversions]
     assert "/data" not in render(run)
 
@@ -188,7 +190,7 @@ def test_evaluation_without_speed_and_with_lost_numbers(make_run: Callable[..., 
 
     def strip(evaluation: Any) -> None:
         for row in evaluation["rows"]:
-            row["speed"] = None
+            row["speeds"] = []
         evaluation["rows"][1]["perplexity"] = {"value": None, "standard_error": None}
         evaluation["rows"][1]["comparison"]["forward_kl"]["standard_error"] = None
 
@@ -220,24 +222,25 @@ def test_a_record_without_command_or_extras_still_makes_a_page(make_run: Callabl
     assert "<pre>" not in html and "None" not in Page(html).words
 
 
-def test_hostile_names_stay_text(make_run: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kind", ["run", "recipe", "distillation", "pruning"])
+def test_hostile_names_stay_text(request: pytest.FixtureRequest, kind: str) -> None:
     hostile = "<script>alert(1)</script>\"'&"
-    directory = make_run(name=hostile)
+    directory = request.getfixturevalue(f"make_{kind}")()
 
     def poison(value: Any) -> None:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(item, dict | list):
                 poison(item)
-            elif isinstance(item, str) and key not in ("format", "task", "started", "finished"):
-                value[key] = hostile
+            elif isinstance(item, str) and key not in ("format", "verb", "started", "finished", "layers"):
+                value[key] = item if item == "language-modelling" else hostile
 
-    for name in ("burnish.json", "plan.json", "evaluation.json"):
-        edit(directory / name, poison)
+    for file in directory.rglob("*.json"):
+        edit(file, poison)
     html = render(read_run(directory))
     assert "<script" not in html
     shown = Page(html)
     assert shown.having("script") == []
-    assert shown.words.count("<script>alert(1)</script>") > 10
+    assert shown.words.count("<script>alert(1)</script>") > 8
     assert all(not name.startswith("on") for _, attributes in shown.elements for name in attributes)
 
 
@@ -265,7 +268,7 @@ def test_drawings_and_scrolling_regions_have_names(make_sweep: Callable[[], Path
 
 
 def schemes() -> Iterator[dict[str, str]]:
-    style = (Path(page.__file__).parent / "template.html.j2").read_text()
+    style = (Path(page.__file__).parent / "base.html.j2").read_text()
     blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(blocks) == 3  # light, dark, print
     for block in blocks:

@@ -71,7 +71,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with _no_foreign_bars():
+    with foreign_bars_hidden():
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **settings
         )
@@ -83,7 +83,7 @@ def load_model(
 
 
 @contextmanager
-def _no_foreign_bars() -> Iterator[None]:
+def foreign_bars_hidden() -> Iterator[None]:
     """Our own progress speaks; transformers' bars are switched off meanwhile, and back on as they were."""
     from transformers.utils import logging
 

@@ -50,7 +50,10 @@ class Staging:
             shutil.rmtree(self.path)
             stored = None
         if stored is not None and stored != wanted:
-            raise ResumeMismatchError(_mismatch(self.path, stored, wanted))
+            raise ResumeMismatchError(
+                f"{self.path}: unfinished work of another run: {differences(stored, wanted)}: pass --overwrite to start"
+                " anew"
+            )
         try:
             self.files.mkdir(parents=True, exist_ok=True)
             self.work.mkdir(exist_ok=True)
@@ -127,6 +130,12 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{out}: exists already: choose another name, or pass --overwrite")
 
 
+def remove_traces(out: Path) -> None:
+    """Remove what is left beside a complete output when its writer was killed right after giving it its name."""
+    for ending in ("partial", "old"):
+        shutil.rmtree(out.with_name(f".{out.name}.{ending}"), ignore_errors=True)
+
+
 def require_apart(out: Path, source: Path) -> None:
     """Raise OutputError when `out` is the source directory or lies inside it: it would be copied into itself."""
     if out.absolute().resolve().is_relative_to(source.resolve()):
@@ -142,12 +151,12 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _mismatch(path: Path, stored: Any, wanted: Any) -> str:
+def differences(stored: Any, wanted: Any) -> str:
+    """Which fields of two nested records differ, the first three with both values."""
     old, new = dict(_flat(stored)), dict(_flat(wanted))
     fields = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
     shown = "; ".join(f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}" for field in fields[:3])
-    more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
-    return f"{path}: unfinished work of another run: {shown}{more}: pass --overwrite to start anew"
+    return shown + (f" and {len(fields) - 3} more" if len(fields) > 3 else "")
 
 
 def _short(value: Any) -> str:

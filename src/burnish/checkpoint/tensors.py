@@ -70,6 +70,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a value is not zero; the first few decide almost always, and `any` over all is slow."""
+    return bool(tensor.reshape(-1)[:4096].any() or tensor.any())
+
+
 def dtype_name(dtype: str | torch.dtype) -> str:
     """The safetensors type name of a torch dtype or of its name: `"bfloat16"` -> `"BF16"`."""
     wanted = str(dtype).removeprefix("torch.")
@@ -77,6 +82,18 @@ def dtype_name(dtype: str | torch.dtype) -> str:
         if torch_name == wanted:
             return name
     raise ValueError(f"dtype {wanted!r} has no safetensors name: choose one of {sorted(d for _, d in DTYPES.values())}")
+
+
+def floating_name(dtype: str) -> str:
+    """The safetensors type name of a `--dtype` value that weights can be written in.
+
+    Raises:
+        ValueError: no such type, or not a floating one.
+    """
+    stored = dtype_name(dtype)
+    if stored not in FLOATING:
+        raise ValueError(f"dtype={dtype!r}: choose auto, float32, bfloat16 or float16")
+    return stored
 
 
 def parse_size(text: str) -> int:

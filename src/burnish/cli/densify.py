@@ -37,6 +37,9 @@ def densify(
     max_shard_size: Annotated[str, typer.Option(help="With a unit: 5GB, 5GiB.")] = "5GB",
     family: Annotated[Path | None, typer.Option(help="Python file that defines the model's family.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    init: Annotated[
+        str, typer.Option(help="experts; or a control of the same shape: random-ffn or random.")
+    ] = "experts",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT; start anew if it was of other inputs.")
     ] = False,
@@ -78,6 +81,7 @@ def densify(
         max_shard_size=max_shard_size,
         family=family,
         revision=revision,
+        init=init,
         progress=Progress(quiet=quiet or as_json),
     )
     if as_json:

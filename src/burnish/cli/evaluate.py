@@ -27,14 +27,31 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Order of the bundled documents.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="1,4,16", help="Prompts at a time for speed.", show_default="the batch size")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="lm-eval tasks, groups or patterns.", show_default=False)
+    ] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="Directory of more task files.", show_default=False)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question.", show_default="the task's own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default="all")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Wrap the tasks' prompts in the chat template.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code beside the models.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also write the JSON here.", show_default=False)
     ] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the table into the README.md of each AFTER.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Measure perplexity, size, memory and speed of a model, or of several against the one before.
+    """Measure quality, size, memory and speed of a model, or of several against the one before.
 
     Example: burnish evaluate --before moe/ --after dense/ --out before-after.json
     """
@@ -43,12 +60,20 @@ def evaluate(
     if out is not None and (out.exists() or not out.parent.is_dir()):
         raise OutputError(f"{out}: exists already, or its directory does not: choose another file")
 
+    if update_card and not after:
+        raise ValueError("--update-card writes a comparison: give --before and --after")
+
     import json
 
     from rich.console import Console
 
     from burnish.evaluate import evaluate as run
+    from burnish.evaluate.card import require_card
+    from burnish.evaluate.card import update_card as write_card
     from burnish.runs import Progress, write_json
+
+    for directory in after or [] if update_card else []:
+        require_card(directory)
 
     result = run(
         model,
@@ -63,12 +88,20 @@ def evaluate(
         device=device,
         seed=seed,
         speed=speed,
+        batch_sizes=None if batch_sizes is None else _numbers(batch_sizes),
+        tasks=[name.strip() for name in tasks.split(",")] if tasks else (),
+        task_dir=task_dir,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
         trust_remote_code=trust_remote_code,
         revision=revision,
         progress=Progress(quiet=quiet),
     )
     if out is not None:
         write_json(out, result.to_dict())
+    for directory in after or [] if update_card else []:
+        write_card(directory, result)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
         return
@@ -76,3 +109,10 @@ def evaluate(
     if not console.is_terminal:
         console.width = 200  # a pipe has no width, and the default of 80 folds the numbers
     console.print(result.table())
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--batch-sizes {text}: expected numbers with commas between them, such as 1,4,16") from None

@@ -16,16 +16,24 @@ from typer.main import get_command
 from burnish.cli import claims
 from burnish.cli.demo import demo
 from burnish.cli.densify import densify
+from burnish.cli.distill import distill
 from burnish.cli.evaluate import evaluate
 from burnish.cli.inspect import inspect
+from burnish.cli.prune import prune
 from burnish.cli.report import report
+from burnish.cli.run import run_recipe
+from burnish.cli.sweep import sweep
 from burnish.errors import BurnishError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("inspect")(inspect)
 app.command("densify")(densify)
+app.command("distill")(distill)
+app.command("prune")(prune)
 app.command("evaluate")(evaluate)
 app.command("report")(report)
+app.command("run")(run_recipe)
+app.command("sweep")(sweep)
 app.command("demo")(demo)
 app.add_typer(claims.app, name="claims")
 

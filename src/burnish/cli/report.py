@@ -9,11 +9,16 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory, or a directory of run directories.")],
+    run: Annotated[
+        Path, typer.Argument(help="Run directory, directory of a recipe, or a directory of run directories.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Page to write.", show_default="RUN/report.html")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+    mix_settings: Annotated[
+        bool, typer.Option("--mix-settings", help="Put results of different settings into one table.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Write one self-contained HTML page that shows what a run did and what it cost.
@@ -22,6 +27,6 @@ def report(
     """
     from burnish.report import write_report
 
-    page = write_report(run, out, overwrite=overwrite)
+    page = write_report(run, out, overwrite=overwrite, mix_settings=mix_settings)
     if not quiet:
         typer.echo(f"wrote {page}")

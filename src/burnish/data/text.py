@@ -148,16 +148,11 @@ def token_blocks(
     """
     if num_samples < 1 or max_length < 2:
         raise ValueError(f"num_samples={num_samples}, max_length={max_length}: choose at least 1 and 2")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token to put between documents: set one")
-    opening = tokenizer("a")["input_ids"][:1]
-    bos: list[int] = opening if opening == [tokenizer.bos_token_id] else []
     ids: list[int] = []
     sources: Counter[str] = Counter()
-    for text in load_texts(dataset, split=split, seed=seed if shuffle else None):
-        between = [tokenizer.eos_token_id] if ids else []
-        ids += between + _encode(tokenizer, text, bos)
-        sources[text.source] += 1
+    for source, tokens in token_stream(tokenizer, dataset, split=split, seed=seed if shuffle else None):
+        ids += tokens
+        sources[source] += 1
         if len(ids) >= num_samples * max_length:
             break
     if len(ids) < 2:
@@ -175,6 +170,29 @@ def token_blocks(
     kept = torch.tensor(ids[: shape[0] * max_length] + [pad] * padding)
     mask = torch.arange(kept.numel()) < len(ids)
     return TokenBlocks(kept.view(shape), mask.view(shape), dict(sources))
+
+
+def token_stream(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | os.PathLike[str] | None,
+    *,
+    split: str = "train",
+    seed: int | None = None,
+) -> Iterator[tuple[str, list[int]]]:
+    """Source and tokens of each document, in the order of `load_texts`; the end token opens all but the first.
+
+    Raises:
+        DataError: as `load_texts`; or messages that the tokenizer has no chat template for, or refuses.
+        ValueError: a tokenizer without an end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token to put between documents: set one")
+    opening = tokenizer("a")["input_ids"][:1]
+    bos: list[int] = opening if opening == [tokenizer.bos_token_id] else []
+    between: list[int] = []
+    for text in load_texts(dataset, split=split, seed=seed):
+        yield text.source, between + _encode(tokenizer, text, bos)
+        between = [tokenizer.eos_token_id]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, bos: list[int]) -> list[int]:

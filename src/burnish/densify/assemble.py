@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from burnish.checkpoint import Checkpoint, PlannedTensor
-from burnish.checkpoint.tensors import torch_dtype
+from burnish.checkpoint.tensors import has_values, torch_dtype
 from burnish.densify.plan import DensifyPlan, LayerPlan
 from burnish.errors import OutputError
 from burnish.families import Separate, Student
 
 
 def assemble(
-    student: Student, plan: DensifyPlan, teacher: Checkpoint, *, seed: int = 0
+    student: Student, plan: DensifyPlan | None, teacher: Checkpoint, *, seed: int = 0
 ) -> Callable[[PlannedTensor], Tensor]:
     """The function that computes each tensor of the student that is not a plain copy.
 
@@ -29,11 +29,11 @@ def assemble(
 
     Args:
         student: its structure.
-        plan: the decision for each MoE layer.
+        plan: the decision for each MoE layer; None for a control, which asks for no feed-forward.
         teacher: where experts are read from.
         seed: of the padding.
     """
-    plans = {layer.layer: layer for layer in plan.layers}
+    plans = {layer.layer: layer for layer in plan.layers} if plan else {}
     one_expert = student.twin.kind == "one-expert"
     behind_router = student.family.router(student.config).single_expert_weight if one_expert else 1.0
 
@@ -49,16 +49,11 @@ def assemble(
             return _part(student, plans.get(target.layer), teacher, target.layer, name, dtype, seed, behind_router)
 
         tensor = student.twin.storage.compose(target.parts, part)
-        if not _any(tensor) and any("bias" not in name for name in target.parts):
+        if not has_values(tensor) and any("bias" not in name for name in target.parts):
             raise OutputError(f"tensor {planned.name}: all zeros: the scales or experts of layer {target.layer} vanish")
         return tensor.unsqueeze(0) if len(planned.shape) > tensor.dim() else tensor  # a fused layout's only expert
 
     return compute
-
-
-def _any(tensor: Tensor) -> bool:
-    """Whether a value is not zero; the first few decide almost always, and `any` over all is slow."""
-    return bool(tensor.reshape(-1)[:4096].any() or tensor.any())
 
 
 def _part(

@@ -44,21 +44,45 @@ Method: "Pruning and Distilling Mixture-of-Experts into Dense Language Models", 
 """
 
 
-def model_card(record: dict[str, Any], plan: DensifyPlan, front_matter: dict[str, str]) -> str:
+CONTROL = """\
+---
+library_name: transformers
+tags:
+- burnish
+- control
+{extra}---
+
+# A control for students of {base_model}
+
+A dense {architecture} of {parameters:,} parameters in the shape of a student of `{base_model}`, with the start
+`{init}` in the place of experts. It is there to be distilled beside that student, and for nothing else.
+"""
+
+
+def model_card(record: dict[str, Any], plan: DensifyPlan | None, front_matter: dict[str, str]) -> str:
     """README.md of a student.
 
     Args:
         record: the run record (`burnish.json`).
-        plan: the decision.
+        plan: the decision; None for a control.
         front_matter: keys to carry over from the teacher's own card, such as its license.
     """
     source, output, options = record["source"], record["output"], record["options"]
     tokens = record["statistics"]["num_tokens"]
     name = source["name"] if not Path(source["name"]).exists() else Path(source["name"]).resolve().name
+    extra = "".join(f"{key}: {value}\n" for key, value in front_matter.items())
+    if plan is None:
+        return CONTROL.format(
+            extra=extra,
+            base_model=name,
+            architecture=output["architecture"],
+            parameters=output["parameters"],
+            init=options["init"],
+        )
     data = options["dataset"] or "the bundled corpus"
     return TEMPLATE.format(
         base_model=name,
-        extra="".join(f"{key}: {value}\n" for key, value in front_matter.items()),
+        extra=extra,
         title=f"{name.rpartition('/')[2]}, dense",
         architecture=output["architecture"],
         teacher_architecture=source["architecture"],
@@ -77,14 +101,3 @@ def model_card(record: dict[str, Any], plan: DensifyPlan, front_matter: dict[str
         calibration=f"{tokens:,} tokens of {data}" if tokens else "none in this run (a given plan)",
         notes="".join(f"- {note}\n" for note in record["notes"]),
     )
-
-
-def front_matter_of(card: str) -> dict[str, str]:
-    """Licence and language lines of an existing card's front matter (one-line values only)."""
-    kept = {}
-    if card.startswith("---\n"):
-        for line in card[4:].partition("\n---")[0].splitlines():
-            key, separator, value = line.partition(":")
-            if separator and key in ("license", "license_name", "license_link", "language", "pipeline_tag") and value:
-                kept[key] = value.strip()
-    return kept

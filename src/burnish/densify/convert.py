@@ -2,76 +2,38 @@
 
 from __future__ import annotations
 
-import datetime
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
-from burnish.checkpoint import Staging, copy_other_files, parse_size, plan_shards, verify_output, write_shards
+from burnish.checkpoint import PlannedTensor, Staging, parse_size
+from burnish.checkpoint.card import front_matter
 from burnish.checkpoint.staging import hash_file, refuse_existing, require_apart
 from burnish.checkpoint.write import require_disk_space
-from burnish.densify import ranks
 from burnish.densify.assemble import assemble
-from burnish.densify.card import front_matter_of, model_card
+from burnish.densify.card import model_card
+from burnish.densify.control import random_tensors
 from burnish.densify.decide import decide
-from burnish.densify.forecast import Forecast
-from burnish.densify.observe import Calibration, observe
+from burnish.densify.observe import observe
 from burnish.densify.plan import DensifyPlan
 from burnish.densify.prepare import Job, prepare
 from burnish.densify.score import Probability
 from burnish.densify.statistics import RoutingStatistics
 from burnish.densify.teacher import StreamedTeacher
-from burnish.errors import OutputError
 from burnish.families import Family
-from burnish.runs import Progress, environment, peak_rss_bytes, write_json
+from burnish.families.conversion import RECORD_FORMAT, Conversion, keep_statistics, now, open_staging, write_checkpoint
+from burnish.families.streaming import Calibration
+from burnish.runs import Progress, environment, peak_rss_bytes, ranks, write_json
 
 STATISTICS_FILE = Path("statistics") / "routing.safetensors"
-RECORD_FORMAT = "burnish.run/1"
-OWN_FILES = frozenset({"config.json", "README.md", "plan.json", "burnish.json"})
 
 
-@dataclass(frozen=True)
-class DensifyResult:
-    """What a conversion did.
-
-    Attributes:
-        out: the written directory; None for a dry run.
-        plan: the decision; None for a dry run that would have to observe first.
-        record: the run record, as in `burnish.json`.
-        forecast: what was expected before the start.
-    """
-
-    out: Path | None
-    plan: DensifyPlan | None
-    record: dict[str, Any]
-    forecast: Forecast
-
-    def summary(self) -> str:
-        """A few lines for people: what became what, and what it took or would take."""
-        source, output, expected = self.record["source"], self.record["output"], self.forecast
-        lines = [
-            f"{source['architecture']} -> {output['architecture']}: {source['parameters']:,} ->"
-            f" {output['parameters']:,} parameters, {source['bytes']:,} -> {output['bytes']:,} bytes"
-        ]
-        if self.out is None:
-            peak = max(expected.observe_peak_bytes, expected.act_peak_bytes)
-            lines.append(
-                f"dry run, nothing written: peak memory about {peak / 1e9:.2f} GB; reads {expected.bytes_read:,} and"
-                f" writes {expected.bytes_written:,} bytes; free disk needed {expected.disk_bytes:,} bytes; time about"
-                f" {expected.observe_seconds + expected.act_seconds:.0f} s on this CPU"
-            )
-        else:
-            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in self.record["seconds"].items())
-            lines.append(f"{seconds}; peak memory {self.record['peak_rss_bytes'] / 1e9:.2f} GB")
-            lines.append(f"wrote {self.out}")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"out": str(self.out) if self.out else None, **self.record, "forecast": self.forecast.to_dict()}
+class DensifyResult(Conversion[DensifyPlan]):
+    """What a conversion did; `plan` is None for a control, and for a dry run that would have to observe first."""
 
 
 def densify(
@@ -101,6 +63,7 @@ def densify(
     normalize_gram: bool = False,
     family: Family | str | Path | None = None,
     revision: str | None = None,
+    init: str = "experts",
     progress: Progress | None = None,
 ) -> DensifyResult:
     """Convert a Mixture-of-Experts checkpoint into a dense one.
@@ -136,6 +99,8 @@ def densify(
         normalize_gram: cosines in the D-optimal kernel.
         family: a family, or a Python file that defines one, for models that are not built in.
         revision: branch, tag or commit on the hub.
+        init: "experts", or a control of the same shape to distil beside it: "random-ffn" keeps all but the
+            feed-forwards, "random" keeps nothing.
         progress: where progress is shown; silent by default.
 
     Raises:
@@ -148,7 +113,7 @@ def densify(
         >>> from burnish import densify
         >>> densify("Qwen/Qwen3-30B-A3B", "qwen3-dense", score="do-acp")  # doctest: +SKIP
     """
-    progress, out, started = progress or Progress(quiet=True), Path(out), _now()
+    progress, out, started = progress or Progress(quiet=True), Path(out), now()
     refuse_existing(out, overwrite=overwrite)
     max_shard_bytes = parse_size(max_shard_size)
     job = prepare(
@@ -171,6 +136,7 @@ def densify(
         normalize_gram=normalize_gram,
         family=family,
         revision=revision,
+        init=init,
     )
     require_apart(out, job.subject.teacher.path)
     require_disk_space(out, job.forecast.disk_bytes)
@@ -181,7 +147,7 @@ def densify(
     for note in job.notes:
         progress.say(note)
 
-    staging = _open_staging(job, out, overwrite=overwrite, resume=resume)
+    staging = open_staging(out, _fingerprint(job), overwrite=overwrite, resume=resume)
     with staging.explaining("the output"):
         decided = _work(job, staging, record, plan_only, max_shard_bytes, progress)
     ranks.wait_for_all()
@@ -190,25 +156,38 @@ def densify(
 
 def _work(
     job: Job, staging: Staging, record: dict[str, Any], plan_only: bool, max_shard_bytes: int, progress: Progress
-) -> DensifyPlan:
-    """Observe, decide, act, and publish; every rank decides the same, the first one acts."""
+) -> DensifyPlan | None:
+    """Observe, decide, act, and publish; every rank decides the same, the first one acts. A control decides nothing."""
     clock = time.perf_counter()
     seen = _observe(job, staging, progress)
     observed = time.perf_counter()
-    decided = job.given or _decide(job, seen)
+    decided = job.given or (None if seen is None else _decide(job, seen))
     done_deciding = time.perf_counter()
     if ranks.rank() == 0:
-        _record_statistics(job, seen, record, staging)
-        (staging.files / "plan.json").write_text(decided.to_json(), encoding="utf-8")
+        keep_statistics(seen, job.tokens.sources if job.tokens else {}, STATISTICS_FILE, staging, record)
+        if decided is not None:
+            (staging.files / "plan.json").write_text(decided.to_json(), encoding="utf-8")
         if not plan_only:
-            _act(job, decided, staging, max_shard_bytes, record, progress)
-        now = time.perf_counter()
+            write_checkpoint(
+                job.subject.teacher,
+                job.student.config,
+                job.student.tensors,
+                _compute(job, decided),
+                staging,
+                record,
+                converted=job.student.converted,
+                copied=job.student.copied,
+                dropped=job.student.dropped,
+                max_shard_bytes=max_shard_bytes,
+                progress=progress,
+            )
+        acted = time.perf_counter()
         record["seconds"] = {
             "observe": observed - clock,
             "decide": done_deciding - observed,
-            "act": now - done_deciding,
+            "act": acted - done_deciding,
         }
-        record |= {"finished": _now(), "peak_rss_bytes": peak_rss_bytes(), "forecast": job.forecast.to_dict()}
+        record |= {"finished": now(), "peak_rss_bytes": peak_rss_bytes(), "forecast": job.forecast.to_dict()}
         if not plan_only:
             _write_card(job, decided, record, staging)
         write_json(staging.files / "burnish.json", record)
@@ -241,27 +220,16 @@ def _new_record(job: Job, started: str) -> dict[str, Any]:
     }
 
 
-def _open_staging(job: Job, out: Path, *, overwrite: bool, resume: bool) -> Staging:
-    """The work directory beside the output; the first rank opens it, the others follow."""
-    versions = environment()["versions"]
-    assert isinstance(versions, dict)
-    fingerprint = {
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """What determines the output."""
+    return {
         "options": job.options,
         "plan": job.given.to_json() if job.given else None,
         "statistics": hash_file(Path(job.options["statistics"])) if job.options["statistics"] else None,
         "structure": xxhash.xxh3_128_hexdigest(repr((job.student.config, job.student.tensors)).encode()),
         "data": job.tokens.fingerprint if job.tokens else None,
         "teacher": job.subject.teacher.fingerprint(),
-        "versions": {name: versions[name] for name in ("burnish", "torch", "transformers")},
-        "world_size": ranks.world_size(),
     }
-    ranks.join_ranks()
-    if ranks.rank() == 0:
-        staging = Staging(out, fingerprint, overwrite=overwrite, resume=resume)
-        ranks.wait_for_all()
-        return staging
-    ranks.wait_for_all()
-    return Staging(out, fingerprint, overwrite=overwrite)
 
 
 def _observe(job: Job, staging: Staging, progress: Progress) -> RoutingStatistics | None:
@@ -293,8 +261,7 @@ def _observe(job: Job, staging: Staging, progress: Progress) -> RoutingStatistic
     return ranks.merge_over_ranks(seen)
 
 
-def _decide(job: Job, seen: RoutingStatistics | None) -> DensifyPlan:
-    assert seen is not None
+def _decide(job: Job, seen: RoutingStatistics) -> DensifyPlan:
     model_type, shape = job.subject.family.model_type, job.subject.shape
     unused = seen.unused_experts()
     if unused:
@@ -304,49 +271,12 @@ def _decide(job: Job, seen: RoutingStatistics | None) -> DensifyPlan:
     return plan.require_fits(model_type, shape)
 
 
-def _record_statistics(job: Job, seen: RoutingStatistics | None, record: dict[str, Any], staging: Staging) -> None:
-    record["statistics"] = {
-        "num_tokens": seen.num_tokens if seen else 0,
-        "bytes": seen.nbytes if seen else 0,
-        "documents": job.tokens.sources if job.tokens else {},
-    }
-    if seen is not None:
-        (staging.files / STATISTICS_FILE).parent.mkdir(exist_ok=True)
-        seen.save(staging.files / STATISTICS_FILE)
+def _compute(job: Job, plan: DensifyPlan | None) -> Callable[[PlannedTensor], Tensor]:
+    """What gives the student's tensors that are not copies."""
+    compute = assemble(job.student, plan, job.subject.teacher, seed=job.choice.seed)
+    return compute if plan else random_tensors(job.student, compute, seed=job.choice.seed)
 
 
-def _act(
-    job: Job, plan: DensifyPlan, staging: Staging, max_shard_bytes: int, record: dict[str, Any], progress: Progress
-) -> None:
-    """Write the student into the staging directory, verify it, and record the counts and files."""
-    teacher, student = job.subject.teacher, job.student
-    shards = plan_shards(student.tensors, max_shard_bytes)
-    compute = assemble(student, plan, teacher, seed=job.choice.seed)
-    before = teacher.bytes_read
-    with progress.task("write", student.nbytes, unit="bytes") as advance:
-        written = write_shards(teacher, shards, compute, staging, advance=advance)
-    record |= {"bytes_read": teacher.bytes_read - before, "bytes_written": written}
-    record["counts"] = {
-        "read": len(teacher.tensors),
-        "converted": len(student.converted),
-        "copied": sum(tensor.copy_of is not None for tensor in student.tensors) + len(student.casts),
-        "dropped": len(student.dropped),
-    }
-    if record["counts"]["read"] != sum(record["counts"][kind] for kind in ("converted", "copied", "dropped")):
-        raise OutputError(f"{staging.out}: tensors do not add up: {record['counts']}")
-    record["dropped_tensors"] = sorted(student.dropped)
-    copied = copy_other_files(teacher, staging, OWN_FILES)
-    changed = sorted(OWN_FILES & {str(file) for file in teacher.other_files()})
-    record["files"] = {"copied": copied, "changed": changed, "dropped": teacher.left_files()}
-    write_json(staging.files / "config.json", student.config)
-    verify_output(staging.files, shards)
-
-
-def _write_card(job: Job, plan: DensifyPlan, record: dict[str, Any], staging: Staging) -> None:
-    card = job.subject.teacher.path / "README.md"
-    front_matter = front_matter_of(card.read_text(encoding="utf-8", errors="replace")) if card.exists() else {}
-    (staging.files / "README.md").write_text(model_card(record, plan, front_matter), encoding="utf-8")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _write_card(job: Job, plan: DensifyPlan | None, record: dict[str, Any], staging: Staging) -> None:
+    card = model_card(record, plan, front_matter(job.subject.teacher))
+    (staging.files / "README.md").write_text(card, encoding="utf-8")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import torch
 
 from burnish.checkpoint import Checkpoint
@@ -14,36 +9,7 @@ from burnish.checkpoint.tensors import torch_dtype
 from burnish.densify.observe import CHUNK_BYTES
 from burnish.densify.statistics import DOUBLE_BYTES, output_sums
 from burnish.families import Fused, MoEShape, PackedMxfp4, Student
-
-BASE_BYTES = 400 * 2**20
-KERNEL_BYTES = 500 * 2**20
-"""What torch keeps for matrix products in 16 bits on a CPU: compiled code for up to 1,024 shapes, one a token count."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a conversion will need; bytes and seconds.
-
-    Attributes:
-        act_peak_bytes: peak resident memory while writing.
-        observe_peak_bytes: peak memory while observing (on the GPU, the part above the base lies there).
-        bytes_read: tensor bytes that writing reads.
-        bytes_written: tensor bytes that writing writes.
-        disk_bytes: free disk needed beside the source, hidden states of the observation included.
-        observe_seconds, act_seconds: from a short probe of this machine.
-    """
-
-    act_peak_bytes: int
-    observe_peak_bytes: int
-    bytes_read: int
-    bytes_written: int
-    disk_bytes: int
-    observe_seconds: float
-    act_seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+from burnish.families.forecast import BASE_BYTES, KERNEL_BYTES, Forecast, probe_read_rate, probe_seconds
 
 
 def forecast(
@@ -129,38 +95,16 @@ def probe_token_seconds(shape: MoEShape, dtype: torch.dtype, *, outputs: bool) -
         gate, up = (inputs @ gate_up).chunk(2, dim=-1)
         return (torch.nn.functional.silu(gate) * up) @ down
 
-    one_expert = _seconds(experts) / (tokens * few)
+    one_expert = probe_seconds(experts) / (tokens * few)
     attention = one_expert * 4 * hidden / (3 * width)  # four square projections
     total = one_expert * shape.top_k + attention
     if outputs:
         some = min(shape.num_experts, 32)
         made = torch.ones(some, tokens, hidden, dtype=dtype)
         gates = torch.ones(tokens, some, dtype=torch.float64)
-        sums = _seconds(lambda: output_sums(made, gates, gates > 0)) / tokens
+        sums = probe_seconds(lambda: output_sums(made, gates, gates > 0)) / tokens
         total += one_expert * shape.num_experts + sums * (shape.num_experts / some) ** 2
     return total
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Seconds of one call, after a warm-up, from calls for at least 0.1 s."""
-    work()
-    count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < 0.1:
-        work()
-        count += 1
-    return elapsed / count
-
-
-def probe_read_rate(teacher: Checkpoint) -> float:
-    """Bytes per second of reading up to 64 MiB of the teacher's largest tensor."""
-    largest = max(teacher.tensors.values(), key=lambda tensor: tensor.nbytes)
-    done, before, start = 0, teacher.bytes_read, time.perf_counter()
-    for piece in teacher.chunks(largest.name):
-        done += len(piece)
-        if done >= 64 * 2**20:
-            break
-    teacher.bytes_read = before
-    return done / max(time.perf_counter() - start, 1e-6)
 
 
 def _stored_bytes(student: Student) -> float:

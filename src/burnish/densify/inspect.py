@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from burnish.densify.forecast import Forecast, forecast
+from burnish.densify.forecast import forecast
 from burnish.densify.prepare import Subject, compute_dtype
 from burnish.families import Family, describe_student
 from burnish.families.engines import obstacles
+from burnish.families.forecast import Forecast
 
 if TYPE_CHECKING:
     from rich.console import Group

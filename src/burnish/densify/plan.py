@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from burnish.errors import BurnishError
 from burnish.families import MoEShape
+from burnish.families.conversion import load_plan
 
 Expert = Annotated[int, Field(ge=0)]
 
@@ -99,21 +100,8 @@ class DensifyPlan(BaseModel):
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Read a plan file.
-
-        Raises:
-            BurnishError: the file is missing or is not a plan; names the field.
-        """
-        try:
-            return cls.model_validate_json(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BurnishError(f"{file}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise BurnishError(f"{file}: not UTF-8 text ({error.reason})") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BurnishError(f"{file}: not a plan: {where}: {first['msg']}") from error
+        """Read a plan file; raises as `load_plan`."""
+        return load_plan(cls, file)
 
 
 def _require_sound(layer: LayerPlan, num_groups: int, num_experts: int) -> None:

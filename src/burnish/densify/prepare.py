@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from burnish.checkpoint import Checkpoint, dtype_name
-from burnish.checkpoint.tensors import FLOATING, num_bytes, torch_dtype
-from burnish.data import TokenBlocks, token_blocks
+from burnish.checkpoint import Checkpoint
+from burnish.checkpoint.tensors import floating_name, num_bytes, torch_dtype
+from burnish.data import TokenBlocks
+from burnish.densify.control import INITS, without_experts
 from burnish.densify.decide import Choice, make_choice
-from burnish.densify.forecast import Forecast, forecast
+from burnish.densify.forecast import forecast
 from burnish.densify.plan import DensifyPlan
 from burnish.densify.score import Probability
 from burnish.densify.statistics import RoutingStatistics
 from burnish.errors import BurnishError, UnsupportedModelError
 from burnish.families import Family, MoEShape, RouterRule, Student, describe_student, detect_family, resolve_config
+from burnish.families.calibration import load_calibration, require_sound_tokens
+from burnish.families.forecast import Forecast
 from burnish.runs import choose_device
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,16 @@ def prepare(
     normalize_gram: bool,
     family: Family | str | Path | None,
     revision: str | None,
+    init: str,
 ) -> Job:
     """Check a request to densify; arguments and errors as `burnish.densify`."""
     for name, value in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected 1 or more")
+    if init not in INITS:
+        raise ValueError(f"init={init!r} is unknown: choose one of {', '.join(INITS)}")
+    if init != "experts" and (plan is not None or statistics is not None):
+        raise ValueError(f"init={init!r} uses no experts: leave out plan and statistics")
     subject = Subject.open(model, revision=revision, family=family)
     choice, notes = make_choice(
         subject.shape,
@@ -139,15 +143,17 @@ def prepare(
         notes = list(given.notes)
     num_groups = given.num_groups if given else choice.num_groups(subject.shape.top_k)
     student = describe_student(
-        subject.teacher, subject.family, subject.config, num_groups, None if dtype == "auto" else _output_dtype(dtype)
+        subject.teacher, subject.family, subject.config, num_groups, None if dtype == "auto" else floating_name(dtype)
     )
+    if init != "experts":
+        student, notes = without_experts(student, init), [f"a control: {INITS[init]}"]
     if student.twin.why:
         notes.append(student.twin.why)
-    require_sound_tokens(subject.teacher, student)
+    require_sound_tokens(subject.teacher, student.config["vocab_size"])
     stored = None if statistics is None else load_statistics(Path(statistics), subject.shape, choice)
     compute_device, working_dtype = choose_device(device), compute_dtype(subject.config, student)
     tokens = None
-    if given is None and stored is None:
+    if given is None and stored is None and init == "experts":
         tokens = load_calibration(subject.teacher, dataset, num_samples, max_length, seed)
     return Job(
         subject=subject,
@@ -185,37 +191,10 @@ def prepare(
             "ridge": ridge,
             "normalize_gram": normalize_gram,
             "statistics": None if statistics is None else str(statistics),
+            "init": init,
         },
         notes=notes,
     )
-
-
-def load_calibration(
-    teacher: Checkpoint, dataset: str | None, num_samples: int, max_length: int, seed: int
-) -> TokenBlocks:
-    """Calibration tokens with the teacher's tokenizer; sequences at most as long as its positions.
-
-    Raises:
-        DataError: the text cannot be used.
-        BurnishError: the directory holds no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((teacher.path / name).exists() for name in TOKENIZER_FILES):
-        raise BurnishError(
-            f"{teacher.path}: no tokenizer, none of {', '.join(TOKENIZER_FILES)}: copy the model's own there"
-        )
-    longest = teacher.config.get("max_position_embeddings")
-    if longest is not None and max_length > longest:
-        warnings.warn(
-            f"max_length={max_length} is more than the model's {longest} positions: {longest} is used", stacklevel=4
-        )
-        max_length = longest
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher.path)
-    except (OSError, ValueError) as error:
-        raise BurnishError(f"{teacher.path}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from error
-    return token_blocks(tokenizer, dataset, num_samples=num_samples, max_length=max_length, seed=seed)
 
 
 def load_statistics(file: Path, shape: MoEShape, choice: Choice) -> RoutingStatistics:
@@ -233,48 +212,6 @@ def load_statistics(file: Path, shape: MoEShape, choice: Choice) -> RoutingStati
         raise BurnishError(f"{file}: has only router statistics, score {choice.score} needs every expert's outputs")
     if choice.needs_weights and first.weight_gram is None:
         raise BurnishError(f"{file}: has no weight similarities, which grouping {choice.grouping} needs")
-    return stored
-
-
-def require_sound_tokens(teacher: Checkpoint, student: Student) -> None:
-    """Hold the tokenizer's and the generation config's ids against the embedding.
-
-    Raises:
-        BurnishError: an id has no row in the embedding; names the file and both values.
-    """
-    rows = student.config["vocab_size"]
-    file = teacher.path / "tokenizer.json"
-    if file.exists():
-        content = _read_object(file)
-        vocabulary = (content.get("model") or {}).get("vocab") or {}
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        largest = max([*ids, *(token["id"] for token in content.get("added_tokens") or [])], default=0)
-        if largest >= rows:
-            raise BurnishError(f"{file}: token id {largest} has no row in the embedding of {rows} rows")
-    file = teacher.path / "generation_config.json"
-    if file.exists():
-        settings = _read_object(file)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = settings.get(key)
-            for token in value if isinstance(value, list) else [value]:
-                if token is not None and not (isinstance(token, int) and -1 <= token < rows):
-                    raise BurnishError(f"{file}: {key} {token!r} has no row in the embedding of {rows} rows")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BurnishError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise BurnishError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _output_dtype(name: str) -> str:
-    stored = dtype_name(name)
-    if stored not in FLOATING:
-        raise ValueError(f"dtype={name!r}: choose auto, float32, bfloat16 or float16")
     return stored
 
 

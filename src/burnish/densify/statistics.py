@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Self
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from burnish.errors import CheckpointError
+from burnish.sums import LayerSums, ModelSums
 
-FORMAT = "burnish.routing-statistics/1"
 DOUBLE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Expert outputs held in float64 at a time: on a CPU they should stay in its cache."""
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
+class LayerStatistics(LayerSums):
     """Sums over the calibration tokens of one MoE layer with E experts; float64, counts int64.
 
     In the names of the docstrings: p is the router probability before the top-k cut, T the chosen experts, g the
@@ -43,6 +38,8 @@ class LayerStatistics:
             property of the model and not a sum: merging keeps it.
     """
 
+    KEPT = frozenset({"weight_gram"})
+
     num_tokens: Tensor
     counts: Tensor
     probability_sum: Tensor
@@ -62,81 +59,20 @@ class LayerStatistics:
         """E."""
         return len(self.counts)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums that are there, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def __add__(self, other: Self) -> Self:
-        """The record of both sets of tokens.
-
-        Raises:
-            ValueError: the records hold different statistics or different numbers of experts.
-        """
-        mine, theirs = self.tensors(), other.tensors()
-        if mine.keys() != theirs.keys() or self.num_experts != other.num_experts:
-            raise ValueError(f"statistics differ in kind: {sorted(mine)} and {sorted(theirs)}")
-        merged = {name: mine[name] if name == "weight_gram" else mine[name] + theirs[name] for name in mine}
-        return type(self)(**merged)
-
 
 @dataclass(frozen=True)
-class RoutingStatistics:
+class RoutingStatistics(ModelSums[LayerStatistics]):
     """The record of a whole model: layer index -> LayerStatistics."""
 
-    layers: dict[int, LayerStatistics]
-
-    def __add__(self, other: Self) -> Self:
-        """The record of both sets of tokens; exact, so that shards and machines add up."""
-        if self.layers.keys() != other.layers.keys():
-            raise ValueError(f"statistics cover different layers: {list(self.layers)} and {list(other.layers)}")
-        return type(self)({layer: stats + other.layers[layer] for layer, stats in self.layers.items()})
-
-    @property
-    def num_tokens(self) -> int:
-        """Calibration tokens seen by the first layer (by all of them)."""
-        return int(next(iter(self.layers.values())).num_tokens)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all sums."""
-        return sum(tensor.nbytes for stats in self.layers.values() for tensor in stats.tensors().values())
+    FORMAT = "burnish.routing-statistics/1"
+    KIND = "routing statistics"
+    LAYER = LayerStatistics
 
     def unused_experts(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no calibration token chose."""
         return [
             (layer, int(expert)) for layer, stats in self.layers.items() for expert in (stats.counts == 0).nonzero()
         ]
-
-    def save(self, file: Path) -> None:
-        """Write one safetensors file; tensors are named `layers.<layer>.<sum>`."""
-        tensors = {
-            f"layers.{layer}.{name}": tensor.contiguous()
-            for layer, stats in self.layers.items()
-            for name, tensor in stats.tensors().items()
-        }
-        partial = file.with_name(file.name + ".partial")
-        partial.write_bytes(save(tensors, metadata={"format": FORMAT}))
-        partial.replace(file)
-
-    @classmethod
-    def load(cls, file: Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or of another format.
-        """
-        layers: dict[int, dict[str, Tensor]] = {}
-        try:
-            with safe_open(file, framework="pt") as stored:
-                if (stored.metadata() or {}).get("format") != FORMAT:
-                    raise CheckpointError(f"{file}: holds no routing statistics ({FORMAT})")
-                for key in stored.keys():  # noqa: SIM118 (not a mapping)
-                    _, layer, name = key.split(".")
-                    layers.setdefault(int(layer), {})[name] = stored.get_tensor(key)
-            return cls({layer: LayerStatistics(**layers[layer]) for layer in sorted(layers)})
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot be read as routing statistics ({error})") from error
 
 
 def router_sums(logits: Tensor, probabilities: Tensor, gates: Tensor, selected: Tensor) -> dict[str, Tensor]:

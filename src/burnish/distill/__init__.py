@@ -1,1 +1,24 @@
-"""Distil a student from a teacher: divergences, chunked losses, cached teachers, the trainer."""
+"""Distil a student from a teacher: divergences, losses in chunks, live and stored teachers, the trainer."""
+
+from burnish.distill.chunked import chunked_loss
+from burnish.distill.divergence import LOSSES, forward_kl, jensen_shannon, reverse_kl
+from burnish.distill.teacher import LiveTeacher, StoredTeacher
+from burnish.distill.train import DistillResult, distill
+from burnish.distill.trainer import DistillTrainer, Objective
+from burnish.doors import make_callable
+
+__all__ = [
+    "LOSSES",
+    "DistillResult",
+    "DistillTrainer",
+    "LiveTeacher",
+    "Objective",
+    "StoredTeacher",
+    "chunked_loss",
+    "distill",
+    "forward_kl",
+    "jensen_shannon",
+    "reverse_kl",
+]
+
+make_callable(__name__)

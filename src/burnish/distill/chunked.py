@@ -38,7 +38,7 @@ def chunked_loss(
     if chunk_tokens is None:
         kind = "cuda" if hidden.is_cuda else "cpu"
         chunk_tokens = max(1, CHUNK_BYTES[kind] // (4 * len(weight)))
-    return _ChunkedLoss.apply(hidden, weight, bias, function, chunk_tokens)  # type: ignore[no-any-return]
+    return _ChunkedLoss.apply(hidden, weight, bias, function, chunk_tokens)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Evaluate models under one setting: quality, divergence from the first model, size and speed."""
+"""Evaluate models under one setting: quality, divergence from the first model, tasks, size and speed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from burnish.data import TokenBlocks, bundled_text, token_blocks
 from burnish.data.vocabulary import shared_vocab_size
 from burnish.evaluate.divergence import forward_kl, top1_agreement
 from burnish.evaluate.estimate import mean_per_token
+from burnish.evaluate.harness import answer, load_tasks
 from burnish.evaluate.measure import Speed, bytes_on_disk, num_parameters, speeds
 from burnish.evaluate.perplexity import negative_log_likelihood, perplexity, predicted
 from burnish.evaluate.result import Comparison, EvaluateResult, Row
+from burnish.evaluate.tasks import TaskResult, Tasks, task_results
 from burnish.runs import Progress, choose_device, environment
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16")
 NEW_TOKENS = 32
+LONGEST_REQUEST = 2048
 Model = str | os.PathLike[str]
 
 
@@ -45,11 +48,17 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     speed: bool = True,
+    batch_sizes: Sequence[int] | None = None,
+    tasks: Sequence[str] = (),
+    task_dir: str | os.PathLike[str] | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluateResult:
-    """Perplexity, size, memory and speed of one model, or of several beside their divergence from the one before.
+    """Quality, size, memory and speed of one model, or of several beside their divergence from the one before.
 
     All models are in memory at the same time: each batch passes once through every one of them, the model before
     included, however many there are after it.
@@ -63,11 +72,18 @@ def evaluate(
         split: split of a Hub data set.
         num_samples: blocks of text.
         max_length: tokens in a block.
-        batch_size: blocks, and prompts, at a time.
+        batch_size: blocks, and task requests, at a time.
         dtype: of weights and computation of all models; `auto` is that of the first model's config.
         device: `cpu`, `cuda`, `cuda:N`; `auto` is CUDA where there is any.
-        seed: order of the bundled documents.
+        seed: order of the bundled documents, and choice of the tasks' examples.
         speed: also measure speed and memory: prompts of the first blocks, then up to 32 new tokens, greedily.
+        batch_sizes: prompts at a time for speed, each measured on its own; `batch_size` by default.
+        tasks: names of lm-evaluation-harness tasks, groups, tags or patterns; needs the extra `eval`. All models see
+            the same requests, through the first model's tokenizer.
+        task_dir: directory with task files of your own.
+        num_fewshot: examples before each question; None for the tasks' own number.
+        limit: documents of each task; None for all.
+        apply_chat_template: wrap the tasks' prompts in the first model's chat template.
         trust_remote_code: run code that lies beside the models.
         revision: of `model` or `before`.
         progress: where to report; None reports nothing.
@@ -76,11 +92,17 @@ def evaluate(
         ValueError: an option that is out of range.
         CheckpointError: a model that is missing, corrupt, or lacks weights or a tokenizer.
         UnsupportedModelError: models of different vocabularies, or of a type that transformers does not know.
-        DataError: text that cannot be used.
+        DataError: text that cannot be used, or a task's data that cannot be loaded.
+        BurnishError: tasks, and lm-eval is not installed.
     """
     paths = [os.fspath(name) for name in _models(model, before, after)]
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
+    batch_sizes = (batch_size,) if batch_sizes is None else tuple(batch_sizes)
+    if not batch_sizes or min(batch_sizes) < 1 or len(set(batch_sizes)) < len(batch_sizes):
+        raise ValueError(f"batch_sizes={list(batch_sizes)}: choose different numbers, each at least 1")
+    if not tasks and (task_dir is not None or num_fewshot is not None or limit is not None or apply_chat_template):
+        raise ValueError("task_dir, num_fewshot, limit and apply_chat_template are about tasks: name some with tasks")
     target = choose_device(device)
     progress = progress or Progress(quiet=True)
     checkpoints = [Checkpoint.open(path, revision if i == 0 else None) for i, path in enumerate(paths)]
@@ -96,6 +118,9 @@ def evaluate(
             raise ValueError(f"max_length={max_length} but {path} has {longest} positions: choose 2..{longest}")
     dtype = _dtype(dtype, configs[0])
     tokenizer = tokenizers[0]
+    if apply_chat_template and not tokenizer.chat_template:
+        raise ValueError(f"apply_chat_template: the tokenizer of {paths[0]} has no chat template")
+    asked = load_tasks(tasks, task_dir=task_dir, num_fewshot=num_fewshot, limit=limit, seed=seed) if tasks else None
     tokenizer_hash = _hash(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab())
     blocks = token_blocks(
         tokenizer,
@@ -112,14 +137,18 @@ def evaluate(
         models.append(
             load_model(checkpoint, dtype=getattr(torch, dtype), device=target, trust_remote_code=trust_remote_code)
         )
-    measured: Sequence[Speed | None] = [None] * len(models)
+    measured: list[list[Speed]] = []
     if speed:
         progress.say("measuring speed and memory")
-        prompt, new_tokens = _prompt(blocks, batch_size)
-        measured = speeds(models, prompt.to(target), new_tokens=new_tokens)
+        prompt, new_tokens = _prompt(blocks, max(batch_sizes))
+        measured = [speeds(models, prompt[:size].to(target), new_tokens=new_tokens) for size in batch_sizes]
     totals = _totals(models, blocks, batch_size, vocab_size, progress)
+    longest = min(getattr(config, "max_position_embeddings", LONGEST_REQUEST) for config in configs)
+    scores: tuple[TaskResult, ...] = ()
+    if asked is not None:
+        scores = _ask(asked, paths, models, tokenizer, batch_size, longest, apply_chat_template, progress)
     return EvaluateResult(
-        rows=tuple(_row(i, checkpoints[i], totals, measured[i]) for i in range(len(models))),
+        rows=tuple(_row(i, checkpoints[i], totals, tuple(each[i] for each in measured)) for i in range(len(models))),
         dataset=None if dataset is None else os.fspath(dataset),
         split=split,
         sources=blocks.sources,
@@ -135,7 +164,36 @@ def evaluate(
         device=str(target),
         seed=seed,
         environment=environment(),
+        tasks=scores,
     )
+
+
+def _ask(
+    tasks: Tasks,
+    paths: Sequence[str],
+    models: Sequence[PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int,
+    apply_chat_template: bool,
+    progress: Progress,
+) -> tuple[TaskResult, ...]:
+    answers = []
+    for path, model in zip(paths, models, strict=True):
+        progress.say(f"asking {path}: {', '.join(tasks.loaded['tasks'])}")
+        answers.append(
+            answer(
+                tasks,
+                model,
+                tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+                apply_chat_template=apply_chat_template,
+                name=path,
+                progress=progress,
+            )
+        )
+    return task_results(tasks, answers, _hash(tokenizer.chat_template) if apply_chat_template else None)
 
 
 class _Totals(NamedTuple):
@@ -174,7 +232,7 @@ def _totals(
     return _Totals(counts, nll, kl, agreement)
 
 
-def _row(i: int, checkpoint: Checkpoint, totals: _Totals, speed: Speed | None) -> Row:
+def _row(i: int, checkpoint: Checkpoint, totals: _Totals, measured: tuple[Speed, ...]) -> Row:
     nll = mean_per_token(totals.nll[i], totals.counts)
     comparison = Comparison(
         forward_kl=mean_per_token(totals.kl[i], totals.counts),
@@ -188,7 +246,7 @@ def _row(i: int, checkpoint: Checkpoint, totals: _Totals, speed: Speed | None) -
         nll=nll,
         perplexity=perplexity(nll),
         comparison=comparison if i else None,
-        speed=speed,
+        speeds=measured,
     )
 
 
@@ -208,11 +266,12 @@ def _dtype(name: str, config: PretrainedConfig) -> str:
 
 
 def _prompt(blocks: TokenBlocks, batch_size: int) -> tuple[Tensor, int]:
-    """The first blocks up to the shortest one's padding, and a number of new tokens that fits the same length."""
-    ids, mask = blocks.input_ids[:batch_size], blocks.attention_mask[:batch_size]
-    length = int(mask.sum(1).min())
+    """The first blocks (again from the first where there are too few) up to the shortest one's padding, and a number of
+    new tokens that fits the same length."""
+    rows = torch.arange(batch_size) % len(blocks.input_ids)
+    length = int(blocks.attention_mask[rows].sum(1).min())
     new_tokens = min(NEW_TOKENS, length // 2)
-    return ids[:, : length - new_tokens], new_tokens
+    return blocks.input_ids[rows, : length - new_tokens], new_tokens
 
 
 def _hash(value: object) -> str:

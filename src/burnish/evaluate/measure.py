@@ -30,8 +30,10 @@ class Speed:
         batch_size: sequences at a time.
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens decoded after each prompt, one at a time.
-        prefill_tokens_per_second: prompt tokens of the whole batch per second; median over repeats.
-        decode_tokens_per_second: new tokens of the whole batch per second; median over repeats.
+        prefill_ms: until the first new token can be chosen, in milliseconds; median over repeats.
+        prefill_tokens_per_second: prompt tokens of the whole batch per second, from that median.
+        decode_ms_per_token: one decoding step of the whole batch, in milliseconds; median over repeats of their mean.
+        decode_tokens_per_second: new tokens of the whole batch per second, from that median.
         peak_memory_bytes: the model's weights and buffers plus what one such generation adds to them. On CUDA the
             addition is exact (`torch.cuda.max_memory_allocated`); on a CPU it is the growth of resident memory,
             sampled every 5 ms after a warm-up, which misses what the allocator had kept.
@@ -40,7 +42,9 @@ class Speed:
     batch_size: int
     prompt_tokens: int
     new_tokens: int
+    prefill_ms: float
     prefill_tokens_per_second: float
+    decode_ms_per_token: float
     decode_tokens_per_second: float
     peak_memory_bytes: int
 
@@ -72,18 +76,26 @@ def speeds(models: Sequence[PreTrainedModel], prompt: Tensor, *, new_tokens: int
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         peaks.append(weights + _memory_added(partial(_generate, model, prompt, new_tokens), prompt.device))
     seconds = [[_generate(model, prompt, new_tokens) for model in models] for _ in range(repeats)]
-    batch_size, prompt_tokens = prompt.shape
     return [
-        Speed(
-            batch_size=batch_size,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            prefill_tokens_per_second=prompt.numel() / statistics.median(prefill for prefill, _ in timed),
-            decode_tokens_per_second=batch_size * new_tokens / statistics.median(decode for _, decode in timed),
-            peak_memory_bytes=peak,
-        )
+        _speed(prompt, new_tokens, [statistics.median(part) for part in zip(*timed, strict=True)], peak)
         for timed, peak in zip(zip(*seconds, strict=True), peaks, strict=True)
     ]
+
+
+def _speed(prompt: Tensor, new_tokens: int, seconds: Sequence[float], peak: int) -> Speed:
+    """From the seconds of the prefill and those of all decoding steps together."""
+    prefill, decode = seconds
+    batch_size, prompt_tokens = prompt.shape
+    return Speed(
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prefill_ms=1000 * prefill,
+        prefill_tokens_per_second=prompt.numel() / prefill,
+        decode_ms_per_token=1000 * decode / max(new_tokens, 1),
+        decode_tokens_per_second=batch_size * new_tokens / decode,
+        peak_memory_bytes=peak,
+    )
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

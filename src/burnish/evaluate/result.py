@@ -1,4 +1,4 @@
-"""What an evaluation found and under which setting: one JSON, one table."""
+"""What an evaluation found and under which setting, as one JSON-ready record."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.evaluate.estimate import Estimate
 from burnish.evaluate.measure import Speed
+from burnish.evaluate.tasks import TaskResult
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
         nll: negative log-likelihood, nats per predicted token.
         perplexity: exp of it.
         comparison: None for the first model.
-        speed: None unless measured.
+        speeds: one for each batch size; empty unless measured.
     """
 
     model: str
@@ -48,7 +49,7 @@ class Row:
     nll: Estimate
     perplexity: Estimate
     comparison: Comparison | None
-    speed: Speed | None
+    speeds: tuple[Speed, ...]
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class EvaluateResult:
         batch_size: blocks at a time.
         dtype: of weights and computation.
         device: where.
-        seed: order of the bundled documents.
+        seed: order of the bundled documents, and choice of the tasks' examples.
         environment: versions, platform and devices.
+        tasks: one for each metric of each task that was asked for, with its own setting.
         task, version: what was measured; results of different versions cannot be compared.
     """
 
@@ -91,6 +93,7 @@ class EvaluateResult:
     device: str
     seed: int
     environment: dict[str, object]
+    tasks: tuple[TaskResult, ...] = ()
     task: str = "language-modelling"
     version: int = 1
 
@@ -99,39 +102,11 @@ class EvaluateResult:
         result: dict[str, Any] = _finite(asdict(self))
         return result
 
-    def table(self) -> Table:
-        """One line a model; speeds with their ratio to the first model, red and said where it is below 1."""
-        from rich import filesize
-        from rich.markup import escape
-        from rich.table import Table
+    def table(self) -> Group:
+        """For a terminal: the models, their tasks and their speeds, as far as measured."""
+        from burnish.evaluate.table import tables
 
-        first, *others = self.rows
-        headings = ["parameters", "bytes", "perplexity"]
-        headings += ["KL (nats)", "top-1", "Δ nll (nats)"] if others else []
-        headings += ["prefill tok/s", "decode tok/s", "memory"] if first.speed else []
-        text = escape(self.dataset or "the bundled held-out text")
-        table = Table(
-            caption=f"{self.num_tokens:,} tokens of {text} in {self.num_samples} blocks of {self.max_length},"
-            f" {self.dtype} on {self.device}; ± one standard error",
-        )
-        table.add_column("model", overflow="fold")
-        for heading in headings:
-            table.add_column(heading, justify="right")
-        for label, row in zip(_labels([row.model for row in self.rows]), self.rows, strict=True):
-            cells = [f"{row.num_parameters:,}", filesize.decimal(row.bytes_on_disk), _shown(row.perplexity, 3)]
-            if others:
-                seen = row.comparison
-                cells += [_shown(seen.forward_kl, 4), f"{seen.top1_agreement.value:.1%}"] if seen else ["", ""]
-                cells += [_shown(seen.nll_difference, 4)] if seen else [""]
-            if row.speed:
-                base = first.speed if row is not first else None
-                cells += [
-                    _rate(row.speed.prefill_tokens_per_second, base.prefill_tokens_per_second if base else None),
-                    _rate(row.speed.decode_tokens_per_second, base.decode_tokens_per_second if base else None),
-                    filesize.decimal(row.speed.peak_memory_bytes),
-                ]
-            table.add_row(escape(label), *cells)
-        return table
+        return tables(self)
 
 
 def _finite(value: Any) -> Any:
@@ -140,20 +115,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _labels(models: list[str]) -> list[str]:
-    """The last parts of the names, where they tell the models apart."""
-    short = [model.rstrip("/").rpartition("/")[2] for model in models]
-    return short if len(set(short)) == len(models) and all(short) else models
-
-
-def _shown(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.standard_error:.{digits}f}"
-
-
-def _rate(rate: float, base: float | None) -> str:
-    if base is None:
-        return f"{rate:,.0f}"
-    text = f"{rate:,.0f} ({rate / base:.2f}x)"
-    return text if rate >= base else f"[red]{text} slower[/]"

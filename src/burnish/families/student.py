@@ -11,6 +11,7 @@ from burnish.checkpoint import DTYPES, Checkpoint, PlannedTensor, TensorInfo
 from burnish.checkpoint.tensors import FLOATING
 from burnish.errors import CheckpointError, UnsupportedModelError
 from burnish.families.family import Config, DenseTwin, Family, MoEShape
+from burnish.families.outline import class_tensors, require_tensors
 from burnish.families.storage import ExpertStorage, PackedMxfp4, Part, Separate, Shape
 
 MOE_KEYS = frozenset(
@@ -69,6 +70,11 @@ class Student:
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     @property
+    def copied(self) -> list[str]:
+        """Source tensors that are copied as they are, or only change type."""
+        return [tensor.copy_of for tensor in self.tensors if tensor.copy_of is not None] + [*self.casts.values()]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -101,7 +107,7 @@ def describe_student(
     casts: dict[str, str] = {}
     zeros: set[str] = set()
     converted: set[str] = set()
-    dropped = _router_tensors(teacher, family, shape) | _redundant_tensors(teacher, config)
+    dropped = _router_tensors(teacher, family, shape) | redundant_tensors(teacher, config)
     for layer in range(shape.num_layers):
         if layer in shape.moe_layers:
             converted |= _moe_tensors(teacher, family, storage, shape, layer)
@@ -185,17 +191,7 @@ def require_loadable(student: Student) -> None:
         UnsupportedModelError: a planned tensor has no place in the class (a vision tower, an MTP head ...), a tensor
             of the class is not planned, or a shape differs; names the tensor.
     """
-    import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    config = CONFIG_MAPPING[student.twin.model_type](
-        **{key: value for key, value in student.config.items() if key != "model_type"}
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
+    expected = class_tensors({**student.config, "model_type": student.twin.model_type})
     if student.twin.kind == "one-expert":
         for layer in student.shape.moe_layers:
             one = (layer, 1, student.shape.hidden_size, student.width)
@@ -204,18 +200,7 @@ def require_loadable(student: Student) -> None:
                 for name in fused:
                     del expected[name]
                 expected |= student.twin.storage.tensors(*one)
-    planned = {tensor.name: tensor.shape for tensor in student.tensors}
-    if strange := sorted(planned.keys() - expected.keys()):
-        raise UnsupportedModelError(
-            f"tensor {strange[0]} and {len(strange) - 1} more have no place in {student.twin.architecture}:"
-            " this model cannot be converted"
-        )
-    for name in sorted(expected):
-        if planned.get(name) != expected[name]:
-            found = list(planned[name]) if name in planned else "missing"
-            raise UnsupportedModelError(
-                f"tensor {name} of {student.twin.architecture}: expected {list(expected[name])}, {found}"
-            )
+    require_tensors({tensor.name: tensor.shape for tensor in student.tensors}, expected, student.twin.architecture)
 
 
 def require_floating(info: TensorInfo) -> None:
@@ -295,7 +280,7 @@ def _router_tensors(teacher: Checkpoint, family: Family, shape: MoEShape) -> set
     return found
 
 
-def _redundant_tensors(teacher: Checkpoint, config: Config) -> set[str]:
+def redundant_tensors(teacher: Checkpoint, config: Config) -> set[str]:
     """Old rotary buffers, and a head that repeats the embedding it is tied to."""
     names = {name for name in teacher.tensors if name.endswith("rotary_emb.inv_freq")}
     if config.get("tie_word_embeddings") and "lm_head.weight" in teacher.tensors:

@@ -227,11 +227,40 @@ class LogScale:
             ticks = tuple(place for place in places if self.low <= place <= self.high)
             if 3 <= len(ticks) <= 5:
                 return ticks
-        span = self.high - self.low
-        base = 10.0 ** math.floor(math.log10(span / 4))
-        step = next(base * lead for lead in (1, 2, 5, 10) if span / (base * lead) <= 4)
-        inside = range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
-        return tuple(round(step * i, 10) for i in inside)
+        return _round_values(self.low, self.high)
+
+
+def _round_values(low: float, high: float) -> tuple[float, ...]:
+    span = high - low
+    base = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(base * lead for lead in (1, 2, 5, 10) if span / (base * lead) <= 4)
+    inside = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return tuple(round(step * i, 10) for i in inside)
+
+
+@dataclass(frozen=True)
+class LinearScale:
+    """A linear axis from `low` to `high`, as percentages of whatever width or height the page gives it."""
+
+    low: float
+    high: float
+
+    def percent(self, value: float) -> float:
+        """Place of a value, 0 at the low end and 100 at the high one; values off the axis stick to its ends.
+
+        >>> LinearScale(0, 200).percent(50)
+        25.0
+        """
+        inside = min(max(value, self.low), self.high)
+        return round(100 * (inside - self.low) / (self.high - self.low), 2)
+
+    def ticks(self) -> tuple[float, ...]:
+        """At most five round values on the axis.
+
+        >>> LinearScale(0, 10_500_000).ticks()
+        (0.0, 5000000.0, 10000000.0)
+        """
+        return _round_values(self.low, self.high)
 
 
 def interval(scale: LogScale, value: float, error: float | None, *, reference: float | None, title: str) -> str:
@@ -262,3 +291,136 @@ def axis(scale: LogScale) -> str:
         for tick in scale.ticks()
     )
     return f'<svg class="interval" aria-hidden="true" width="100%" height="14">{labels}</svg>'
+
+
+Points = Sequence[tuple[float, float]]
+SHOWN_POINTS = 500
+"""A line of more points than this is drawn through their means."""
+
+
+def curve(train: Points, evaluated: Points, *, title: str, unit: str = "tokens") -> str:
+    """A faint line for training, a strong one with dots for evaluations, over tokens: three SVG elements, the labels
+    of the vertical axis, the drawing, and the labels of the horizontal axis.
+
+    The vertical axis is logarithmic where the values are above zero and span more than a factor of ten. Values that are
+    not finite are left out, and the line is broken there. The drawing has 1000 units each way and stretches with the
+    page, while its strokes do not.
+
+    Args:
+        train: (tokens, value) in order.
+        evaluated: the same.
+        title: what the drawing shows, for readers who cannot see it.
+        unit: of the horizontal axis.
+
+    Raises:
+        ValueError: no finite value at all.
+    """
+    finite = [point for point in (*train, *evaluated) if math.isfinite(point[1])]
+    if not finite:
+        raise ValueError("no finite value to draw")
+    across = LinearScale(0.0, max(1.0, *(x for x, _ in finite)))
+    up = _value_scale([y for _, y in finite])
+
+    def place(x: float, y: float) -> str:
+        return f"{10 * across.percent(x):g},{1000 - 10 * up.percent(y):g}"
+
+    labels = "".join(
+        f'<text class="tick" x="100%" y="{100 - up.percent(tick):g}%" text-anchor="end" dominant-baseline="central">'
+        f"{tick:g}</text>"
+        for tick in up.ticks()
+    )
+    parts = [f'<svg class="ys" aria-hidden="true">{labels}</svg>']
+    parts.append(f'<svg class="plot" role="img" aria-label="{escape(title)}" viewBox="0 0 1000 1000"'
+                 ' preserveAspectRatio="none">')  # fmt: skip
+    for tick in up.ticks():
+        parts.append(f'<path class="grid" d="M{place(0, tick)}H1000"/>')
+    for name, points in (("train", thinned(train)), ("eval", evaluated)):
+        for piece in _unbroken(points):
+            parts.append(f'<polyline class="{name}" points="{" ".join(place(x, y) for x, y in piece)}"/>')
+    for x, y in evaluated:
+        if math.isfinite(y):
+            tip = f"{number(y)} after {count(round(x))} {unit}"
+            parts.append(f'<path class="point" d="M{place(x, y)}h0"><title>{escape(tip)}</title></path>')
+    labels = "".join(
+        f'<text class="tick" x="{across.percent(tick):g}%" y="12" text-anchor="{_anchor(across.percent(tick))}">'
+        f"{count(round(tick))}</text>"
+        for tick in across.ticks()
+    )
+    parts.append(f'</svg>\n<svg class="xs" aria-hidden="true">{labels}</svg>')
+    return "\n".join(parts)
+
+
+def thinned(points: Points, limit: int = SHOWN_POINTS) -> Points:
+    """Means over as many neighbours as it takes to have at most `limit` points.
+
+    >>> thinned([(1, 10), (2, 20), (3, 30), (4, 60), (5, 7)], limit=3)
+    [(1.5, 15.0), (3.5, 45.0), (5.0, 7.0)]
+    """
+    width = -(-len(points) // limit)
+    if width <= 1:
+        return points
+    pieces = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(sum(x for x, _ in piece) / len(piece), sum(y for _, y in piece) / len(piece)) for piece in pieces]
+
+
+def bars(values: Sequence[float], kept: Collection[int], *, title: str, what: str) -> str:
+    """One bar a layer, from zero up (down where negative), those of the kept layers filled: the bars and their labels.
+
+    Args:
+        values: one for each layer.
+        kept: the layers that stayed.
+        title: what the drawing shows, for readers who cannot see it.
+        what: name of the value, for the text under the pointer.
+    """
+    low, high = min(0.0, *values), max(0.0, *values)
+    scale = LinearScale(low, high if high > low else low + 1)
+    width = 100 / len(values)
+    zero = 100 - scale.percent(0)
+    parts = [f'<svg class="bars" role="img" aria-label="{escape(title)}">']
+    for layer, value in enumerate(values):
+        top = 100 - scale.percent(value)
+        fate = "kept" if layer in kept else "removed"
+        parts.append(
+            f'<rect class="{fate}" x="{layer * width + 0.1 * width:.3f}%" y="{min(top, zero):g}%"'
+            f' width="{0.8 * width:.3f}%" height="{abs(top - zero):g}%">'
+            f"<title>{escape(f'layer {layer}: {what} {number(value)}, {fate}')}</title></rect>"
+        )
+    step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(values) / step <= 16)
+    labels = "".join(
+        f'<text class="tick" x="{(layer + 0.5) * width:.3f}%" y="12" text-anchor="middle">{layer}</text>'
+        for layer in range(0, len(values), step)
+    )
+    return "\n".join([*parts, f'</svg>\n<svg class="xs" aria-hidden="true">{labels}</svg>'])
+
+
+def logarithmic(values: Sequence[float]) -> bool:
+    """Whether a drawing of these values needs a logarithmic axis: above zero, and more than a factor of ten apart.
+
+    >>> logarithmic([1, 10]), logarithmic([0.9, 10]), logarithmic([0, 10])
+    (False, True, False)
+    """
+    return 0 < 10 * min(values) < max(values)
+
+
+def _value_scale(values: Sequence[float]) -> LinearScale | LogScale:
+    if logarithmic(values):
+        return LogScale.around(values)
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or max(0.1 * abs(high), 0.1)
+    return LinearScale(0.0 if 0 <= low < 0.4 * high else low - margin, high + margin)
+
+
+def _unbroken(points: Points) -> list[list[tuple[float, float]]]:
+    """Runs of finite points."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if math.isfinite(point[1]):
+            pieces[-1].append(point)
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _anchor(percent: float) -> str:
+    """Labels at the ends of an axis stay inside it."""
+    return "start" if percent < 4 else "end" if percent > 96 else "middle"

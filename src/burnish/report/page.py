@@ -1,307 +1,40 @@
-"""The report page: read a run directory into a typed record, turn the record into HTML, write the page."""
+"""The page of a run: turn what lies in a run directory into the tables and drawings that the template shows."""
 
 from __future__ import annotations
 
-import os
-import re
+import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from burnish.errors import BurnishError, OutputError
 from burnish.report import figures
+from burnish.report.comparable import QualityGroup, TaskRow, quality_groups, task_rows
+from burnish.report.document import fill, refuse_existing_page, short, write_page
+from burnish.report.records import (
+    Conversion,
+    DensifyPlan,
+    Estimate,
+    Evaluation,
+    Layer,
+    Metrics,
+    PrunePlan,
+    Record,
+    Row,
+    Run,
+    Shape,
+    Speed,
+    TaskScore,
+    read_run,
+)
+from burnish.report.sweep import is_sweep, render_sweep
 
-RECORD, PLAN, EVALUATION, PAGE = "burnish.json", "plan.json", "evaluation.json", "report.html"
+PAGE = "report.html"
 
 LAYERS_SHOWN_OPEN = 16
 """A table of more layers than this starts folded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The model that a run started from; `bytes` counts its weight files."""
-
-    name: str
-    family: str
-    architecture: str
-    parameters: int
-    bytes: int
-    revision: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """The model that a run wrote."""
-
-    architecture: str
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Files:
-    """Files beside the weights: taken over as they were, rewritten, left behind."""
-
-    copied: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """Software and hardware of a run, as `burnish.runs.environment` records them."""
-
-    versions: dict[str, str]
-    platform: str
-    threads: int | None = None
-    devices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """What was observed: tokens seen, and the size of the record that they were reduced to."""
-
-    num_tokens: int | None = None
-    bytes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """`burnish.json`: what was asked, what was read and written, what it took."""
-
-    format: Literal["burnish.run/1"]
-    verb: str
-    started: datetime
-    finished: datetime
-    options: dict[str, Any]
-    source: Source
-    output: Output
-    environment: Surroundings
-    seconds: dict[str, FiniteFloat] = field(default_factory=dict)
-    command: str | None = None
-    peak_rss_bytes: int | None = None
-    statistics: Statistics = field(default_factory=Statistics)
-    counts: dict[str, int] = field(default_factory=dict)
-    files: Files = field(default_factory=Files)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What was decided for one layer; `scores` has one value per expert, `scales` and `weights` one entry per group.
-
-    `relative_block_error` is the expected squared error of the block's output over its energy.
-    """
-
-    layer: int
-    groups: tuple[tuple[int, ...], ...]
-    weights: tuple[tuple[FiniteFloat, ...], ...]
-    scales: tuple[FiniteFloat, ...]
-    shared_scale: FiniteFloat = 1.0
-    scores: tuple[FiniteFloat, ...] | None = None
-    relative_block_error: FiniteFloat | None = None
-    effective_rank: FiniteFloat | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.groups) == len(self.scales) == len(self.weights):
-            raise ValueError(
-                f"{len(self.groups)} groups, {len(self.weights)} weights and {len(self.scales)} scales:"
-                " expected one of each per group"
-            )
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """Indices of the kept experts, ascending."""
-        return tuple(sorted(expert for group in self.groups for expert in group))
-
-    @property
-    def score_share(self) -> float | None:
-        """Part of the layer's total score that the kept experts hold; None where scores are absent or negative."""
-        if not self.scores or min(self.scores) < 0 or sum(self.scores) == 0:
-            return None
-        return sum(self.scores[expert] for expert in self.kept) / sum(self.scores)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """`plan.json`: which experts of which layer were kept, and how they were put together."""
-
-    format: Literal["burnish.densify.plan/1"]
-    num_experts: int
-    layers: tuple[Layer, ...]
-    score: str | None = None
-    grouping: str | None = None
-    scaling: str | None = None
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("layers is empty: expected one entry per converted layer")
-        for layer in self.layers:
-            if outside := [expert for expert in layer.kept if not 0 <= expert < self.num_experts]:
-                raise ValueError(f"layer {layer.layer} keeps expert {outside[0]}: choose 0..{self.num_experts - 1}")
-            if layer.scores is not None and len(layer.scores) != self.num_experts:
-                raise ValueError(f"layer {layer.layer} has {len(layer.scores)} scores for {self.num_experts} experts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A measured value and its standard error; None where it was not a finite number."""
-
-    value: FiniteFloat | None
-    standard_error: FiniteFloat | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A model against the model before, on the same tokens; divergence and difference in nats per token."""
-
-    forward_kl: Estimate
-    top1_agreement: Estimate
-    nll_difference: Estimate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """What greedy generation with a cache took."""
-
-    batch_size: int
-    prompt_tokens: int
-    new_tokens: int
-    prefill_tokens_per_second: FiniteFloat
-    decode_tokens_per_second: FiniteFloat
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What was measured of one model."""
-
-    model: str
-    num_parameters: int
-    bytes_on_disk: int
-    perplexity: Estimate
-    comparison: Comparison | None
-    speed: Speed | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """`evaluation.json`: models measured under one setting, the one before first."""
-
-    task: Literal["language-modelling"]
-    version: Literal[1]
-    rows: tuple[Row, ...]
-    dataset: str | None
-    split: str
-    fingerprint: str
-    tokenizer_hash: str
-    chat_template_hash: str | None
-    num_samples: int
-    max_length: int
-    num_tokens: int
-    batch_size: int
-    dtype: str
-    device: str
-    seed: int
-    environment: Surroundings
-
-    def __post_init__(self) -> None:
-        if not self.rows:
-            raise ValueError("rows is empty: expected one entry per model")
-
-    @property
-    def before(self) -> Row | None:
-        """The model that the others are compared with; None where only one was measured."""
-        return self.rows[0] if len(self.rows) > 1 else None
-
-    @property
-    def after(self) -> tuple[Row, ...]:
-        """The models that burnish made."""
-        return self.rows[1:] or self.rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """One converted model: its record and its plan."""
-
-    name: str
-    record: Record
-    plan: Plan
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the reader should know, from the record and the plan, each once."""
-        return tuple(dict.fromkeys((*self.record.notes, *self.plan.notes)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """All that one page shows: one conversion, or several of a sweep, and the evaluation they share."""
-
-    name: str
-    conversions: tuple[Conversion, ...]
-    evaluation: Evaluation | None = None
-
-    def measured(self, conversion: Conversion) -> Row | None:
-        """The evaluation row of a conversion: the one that carries its name, or the only student of the only run."""
-        students = self.evaluation.after if self.evaluation else ()
-        if len(students) == len(self.conversions) == 1:
-            return students[0]
-        return next((row for row in students if Path(row.model).name == conversion.name), None)
-
-
-T = TypeVar("T")
-
-
-def _read(kind: type[T], path: Path) -> T:
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise BurnishError(f"{path}: {key}: {message}" if key else f"{path}: {message}") from None
-    except OSError as error:
-        raise BurnishError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key that puts `k4` before `k16`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
-
-
-def read_run(directory: Path) -> Run:
-    """The run in a directory: its own record, or else those of its subdirectories, and the evaluation beside them.
-
-    Raises:
-        BurnishError: a file is missing or malformed; the message names file and key.
-    """
-    if not directory.is_dir():
-        raise BurnishError(f"{directory} is not a directory: give the directory that burnish wrote")
-    if (directory / RECORD).exists():
-        found = [directory]
-    else:
-        found = sorted((path.parent for path in directory.glob(f"*/{RECORD}")), key=_natural)
-    if not found:
-        raise BurnishError(f"{directory} holds no {RECORD}, nor does any directory in it: nothing to report")
-    evaluation = directory / EVALUATION
-    return Run(
-        name=directory.resolve().name,
-        conversions=tuple(
-            Conversion(name=path.resolve().name, record=_read(Record, path / RECORD), plan=_read(Plan, path / PLAN))
-            for path in found
-        ),
-        evaluation=_read(Evaluation, evaluation) if evaluation.exists() else None,
-    )
 
 
 def _spread(values: list[int]) -> str:
@@ -313,30 +46,135 @@ def _all(values: list[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def kept(plans: Sequence[Plan]) -> str:
+def kept(plans: Sequence[DensifyPlan]) -> str:
     """How many experts plans keep, in words."""
     experts = _spread([len(layer.kept) for plan in plans for layer in plan.layers])
     return f"kept {experts} of {_spread([plan.num_experts for plan in plans])} experts per layer"
 
 
-def choices(plan: Plan) -> str:
+def choices(plan: DensifyPlan) -> str:
     """How a plan was made, as far as it says: the score, the grouping and the scaling."""
     parts = {"score": plan.score, "grouping": plan.grouping, "scaling": plan.scaling}
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value not in (None, "none"))
 
 
+def description(conversion: Conversion) -> str:
+    """What was done to make one model, in words."""
+    plan, record = conversion.plan, conversion.record
+    if isinstance(plan, DensifyPlan):
+        how = choices(plan)
+        return f"{kept([plan])} ({how})" if how else kept([plan])
+    if isinstance(plan, PrunePlan):
+        changed = [f"{name} {old} → {new}" for name, old, new in shape_rows(plan.source, plan.target) if old != new]
+        return f"pruned: {', '.join(changed) or 'nothing'}"
+    if record.verb == "distill":
+        tokens = record.training.get("tokens")
+        teacher = f"distilled from {short(record.teacher.name)}" if record.teacher else "distilled"
+        return f"{teacher} over {figures.count(tokens)} tokens" if isinstance(tokens, int) else teacher
+    return record.verb
+
+
 def headline(run: Run) -> tuple[str, str]:
     """What was done: from which model family to which architecture, and how."""
     records = [conversion.record for conversion in run.conversions]
-    plans = [conversion.plan for conversion in run.conversions]
-    models = f"{_all([r.source.family for r in records])} → {_all([r.output.architecture for r in records])}"
-    if len(plans) > 1:
+    starts = records[:1] if run.steps else records
+    ends = records[-1:] if run.steps else records
+    models = f"{_all([_start(record) for record in starts])} → {_all([record.output.architecture for record in ends])}"
+    if len(records) == 1 or run.steps:
+        return models, "; ".join(description(conversion) for conversion in run.conversions)
+    plans = [conversion.plan for conversion in run.conversions if isinstance(conversion.plan, DensifyPlan)]
+    if len(plans) == len(records):
         return models, f"{kept(plans)}, in {len(plans)} conversions"
-    how = choices(plans[0])
-    return models, f"{kept(plans)} ({how})" if how else kept(plans)
+    return models, f"{len(records)} conversions: {_all([record.verb for record in records])}"
 
 
-def _tips(plan: Plan, layer: Layer) -> list[str]:
+def _start(record: Record) -> str:
+    """What a model was made from: the teacher where it was distilled, the family of the source elsewhere."""
+    return short(record.teacher.name) if record.teacher else record.source.family or record.source.architecture
+
+
+def shape_rows(source: Shape, target: Shape) -> tuple[tuple[str, int, int], ...]:
+    """Sizes before and after pruning, with their names."""
+    return (
+        ("layers", source.layers, target.layers),
+        ("hidden size", source.hidden_size, target.hidden_size),
+        ("feed-forward width", source.intermediate_size, target.intermediate_size),
+        ("attention heads", source.heads, target.heads),
+        ("key-value heads", source.kv_heads, target.kv_heads),
+    )
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Ascending indices as ranges.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0–2, 5, 7–8'
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+
+
+def block_influence(plan: PrunePlan) -> Markup:
+    """Bars of the influence of each layer, kept ones filled."""
+    assert plan.block_influence is not None
+    title = f"Block influence by layer, {len(plan.block_influence)} layers; kept: {ranges(plan.layers)}"
+    return Markup(figures.bars(plan.block_influence, set(plan.layers), title=title, what="block influence"))
+
+
+@dataclass(frozen=True)
+class _Course:
+    """One drawing of a training: its heading, the drawing, what its axes are, and which lines it has."""
+
+    name: str
+    drawing: Markup
+    unit: str
+    logarithmic: bool
+    trained: bool
+    evaluated: bool
+
+
+def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
+    """Divergence from the teacher, negative log-likelihood and loss over tokens, as far as they were written down.
+
+    The loss stands alone only where it is not the divergence itself. Where a line does not say its tokens, all are
+    drawn over steps.
+    """
+    unit = "steps" if any(line.tokens is None for line in metrics) else "tokens"
+    own_loss = any(line.loss is not None and line.loss != _divergence(line) for line in metrics)
+
+    def points(value: Callable[[Metrics], float | None]) -> list[tuple[float, float]]:
+        found = [
+            (line.step if line.tokens is None or unit == "steps" else line.tokens, value(line)) for line in metrics
+        ]
+        return [(x, y) for x, y in found if y is not None]
+
+    drawn = []
+    for name, trained, evaluated in (
+        ("Divergence from the teacher, nats per token", points(_divergence), points(lambda line: line.eval_kl)),
+        ("Negative log-likelihood, nats per token", points(lambda line: line.nll), points(lambda line: line.eval_nll)),
+        ("Training loss", points(lambda line: line.loss) if own_loss else [], []),
+    ):
+        values = [y for _, y in (*trained, *evaluated) if math.isfinite(y)]
+        if not values:
+            continue
+        title = f"{name}, over {figures.count(round(max(x for x, _ in (*trained, *evaluated))))} {unit} of training"
+        if held_out := [y for _, y in evaluated if math.isfinite(y)]:
+            title += f": on held-out text from {figures.number(held_out[0])} to {figures.number(held_out[-1])}"
+        drawing = Markup(figures.curve(trained, evaluated, title=title, unit=unit))
+        drawn.append(_Course(name, drawing, unit, figures.logarithmic(values), bool(trained), bool(evaluated)))
+    return tuple(drawn)
+
+
+def _divergence(line: Metrics) -> float | None:
+    return line.divergence if line.kl is None else line.kl
+
+
+def _tips(plan: DensifyPlan, layer: Layer) -> list[str]:
     fates = {}
     for index, (group, weights, scale) in enumerate(zip(layer.groups, layer.weights, layer.scales, strict=True)):
         for expert, weight in zip(group, weights, strict=False):
@@ -353,7 +191,7 @@ def _tips(plan: Plan, layer: Layer) -> list[str]:
     return tips
 
 
-def expert_map(plan: Plan) -> Markup:
+def expert_map(plan: DensifyPlan) -> Markup:
     """The heat map of a plan: layers by experts, kept ones marked."""
     return Markup(
         figures.heat_map(
@@ -368,7 +206,7 @@ def expert_map(plan: Plan) -> Markup:
 
 @dataclass(frozen=True)
 class _Tile:
-    """One number of the headline, before and after."""
+    """One number of the headline, before and after; `before` is empty where there is nothing to compare with."""
 
     name: str
     before: str
@@ -377,46 +215,76 @@ class _Tile:
     worse: bool = False
 
 
-def tiles(run: Run) -> tuple[_Tile, ...]:
-    """The headline numbers of a single run; empty for a sweep, whose table says more than a range would."""
-    if len(run.conversions) > 1:
+def tiles(run: Run, groups: Sequence[QualityGroup]) -> tuple[_Tile, ...]:
+    """The headline numbers of one run or recipe; empty for a sweep, whose table says more than a range would."""
+    if len(run.conversions) > 1 and not run.steps:
         return ()
-    conversion = run.conversions[0]
-    source, output = conversion.record.source, conversion.record.output
-    shown = [
-        _Tile(
-            "Parameters",
-            figures.count(source.parameters),
-            figures.count(output.parameters),
-            figures.change(source.parameters, output.parameters, "fewer", "more"),
-        ),
-        _Tile(
-            "Size on disk",
-            figures.size(source.bytes),
-            figures.size(output.bytes),
-            figures.change(source.bytes, output.bytes, "smaller", "larger"),
-        ),
-    ]
-    before, after = run.evaluation.before if run.evaluation else None, run.measured(conversion)
+    first, last = run.conversions[0].record, run.conversions[-1]
+    shown = [*_size_tiles(first, last.record), *_training_tiles(last)]
+    group, after = measured(run, groups, last)
+    before = group.before if group else None
     if before is None or after is None:
         return tuple(shown)
     if before.perplexity.value and after.perplexity.value:
         old, new = before.perplexity.value, after.perplexity.value
         note = figures.change(old, new, "lower", "higher")
         shown.append(_Tile("Perplexity", figures.number(old), figures.number(new), note, worse=new > old))
-    if before.speed and after.speed:
-        old, new = before.speed.decode_tokens_per_second, after.speed.decode_tokens_per_second
+    if before.speeds and after.speeds:
+        old, new = before.speeds[0].decode_tokens_per_second, after.speeds[0].decode_tokens_per_second
         note = figures.change(old, new, "slower", "faster")
         shown.append(_Tile("Decode, tokens/s", figures.number(old), figures.number(new), note, worse=new < old))
     return tuple(shown)
 
 
+def _size_tiles(first: Record, last: Record) -> list[_Tile]:
+    """From the first model (of a distillation alone: the teacher) to the last; nothing where they are the same size."""
+    source, output = first.source, last.output
+    parameters, size = source.parameters, source.bytes
+    if first.verb == "distill" and first.teacher and first.teacher.parameters:
+        parameters, size = first.teacher.parameters, first.teacher.bytes
+    change = figures.change(parameters, output.parameters, "fewer", "more")
+    rows = [_Tile("Parameters", figures.count(parameters), figures.count(output.parameters), change)]
+    change = figures.change(size, output.bytes, "smaller", "larger")
+    rows.append(_Tile("Size on disk", figures.size(size), figures.size(output.bytes), change))
+    return rows
+
+
+def _training_tiles(conversion: Conversion) -> list[_Tile]:
+    shown = []
+    for name, values in (
+        ("Held-out divergence, nats", [line.eval_kl for line in conversion.metrics]),
+        ("Held-out loss, nats", [line.eval_nll for line in conversion.metrics]),
+    ):
+        known = [value for value in values if value is not None]
+        if known:
+            old, new = known[0], known[-1]
+            note = figures.change(old, new, "lower", "higher")
+            shown.append(_Tile(name, figures.number(old), figures.number(new), note, worse=not new <= old))
+    tokens, rate = (conversion.record.training.get(key) for key in ("tokens", "tokens_per_second"))
+    if isinstance(tokens, int):
+        note = f"{figures.count(round(rate))} tokens/s" if isinstance(rate, int | float) else ""
+        shown.append(_Tile("Tokens of training", "", figures.count(tokens), note))
+    return shown
+
+
+def measured(
+    run: Run, groups: Sequence[QualityGroup], conversion: Conversion
+) -> tuple[QualityGroup | None, Row | None]:
+    """The evaluation row of a conversion: the one that carries its name, or the only student of the only run."""
+    for group in groups:
+        for row in group.after:
+            if Path(row.model).name == conversion.name or len(groups) == len(group.after) == len(run.conversions) == 1:
+                return group, row
+    return None, None
+
+
 @dataclass(frozen=True)
 class _Line:
-    """One model of the quality and speed table; `section` is the place of its conversion in a sweep."""
+    """One model of the quality and speed table; `section` is the place of its conversion where there are several."""
 
     name: str
     row: Row
+    before: bool
     section: int | None
     interval: Markup | None
     prefill_ratio: float | None
@@ -425,33 +293,37 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Measurements:
-    """The quality and speed table: its lines, the axis above the intervals, and which columns hold anything."""
+    """One quality and speed table: its lines, the axis above the intervals, and which columns hold anything."""
 
+    group: QualityGroup
     lines: tuple[_Line, ...]
     axis: Markup | None
     compared: bool
     speed: Speed | None
 
 
-def measurements(run: Run) -> _Measurements | None:
-    """The models before and after side by side; None where nothing was evaluated."""
-    if run.evaluation is None:
-        return None
-    rows, before = run.evaluation.rows, run.evaluation.before
-    scale = _perplexity_scale(rows) if before else None
-    sections = {id(run.measured(conversion)): index for index, conversion in enumerate(run.conversions)}
+def measurements(run: Run, groups: Sequence[QualityGroup]) -> tuple[_Measurements, ...]:
+    """The models before and after side by side, one table for each setting."""
+    sections = {id(measured(run, groups, conversion)[1]): i for i, conversion in enumerate(run.conversions)}
+    return tuple(_measurements(run, group, sections) for group in groups)
+
+
+def _measurements(run: Run, group: QualityGroup, sections: dict[int, int]) -> _Measurements:
+    before = group.before
+    scale = _perplexity_scale(group.rows) if len(group.rows) > 1 else None
+    together = len(group.files) == 1  # speeds of another file were measured at another time
     lines = []
-    for row in rows:
+    for row in group.rows:
         section = sections.get(id(row))
         name = row.model if section is None else run.conversions[section].name
         prefill_ratio = decode_ratio = None
-        if before and row is not before and before.speed and row.speed:
-            prefill_ratio = row.speed.prefill_tokens_per_second / before.speed.prefill_tokens_per_second
-            decode_ratio = row.speed.decode_tokens_per_second / before.speed.decode_tokens_per_second
+        if together and before and row is not before and before.speeds and row.speeds:
+            prefill_ratio, decode_ratio = _speed_ratios(row.speeds[0], before.speeds[0])
         lines.append(
             _Line(
-                name=_short(name),
+                name=short(name),
                 row=row,
+                before=row is before,
                 section=section if len(run.conversions) > 1 else None,
                 interval=_interval(scale, row, before) if scale else None,
                 prefill_ratio=prefill_ratio,
@@ -459,11 +331,80 @@ def measurements(run: Run) -> _Measurements | None:
             )
         )
     return _Measurements(
+        group=group,
         lines=tuple(lines),
         axis=Markup(figures.axis(scale)) if scale else None,
-        compared=any(row.comparison for row in rows),
-        speed=next((row.speed for row in rows if row.speed), None),
+        compared=any(row.comparison for row in group.rows),
+        speed=next((row.speeds[0] for row in group.rows if row.speeds), None) if together else None,
     )
+
+
+def _speed_ratios(speed: Speed, base: Speed) -> tuple[float, float]:
+    """Prefill and decode rates over those of the model before."""
+    return (
+        speed.prefill_tokens_per_second / base.prefill_tokens_per_second,
+        speed.decode_tokens_per_second / base.decode_tokens_per_second,
+    )
+
+
+@dataclass(frozen=True)
+class _SpeedLine:
+    """One model at one batch size."""
+
+    name: str
+    speed: Speed
+    before: bool
+    prefill_ratio: float | None
+    decode_ratio: float | None
+
+
+@dataclass(frozen=True)
+class _SpeedTable:
+    """All models of one evaluation at several batch sizes."""
+
+    evaluation: Evaluation
+    lines: tuple[_SpeedLine, ...]
+
+
+def speed_tables(run: Run) -> tuple[_SpeedTable, ...]:
+    """Speeds by batch size, for each evaluation that has more than one: only what ran together is compared."""
+    tables = []
+    for evaluation in run.evaluations.values():
+        first = evaluation.rows[0]
+        if len(first.speeds) < 2:
+            continue
+        lines = []
+        for place, base in enumerate(first.speeds):
+            for row in evaluation.rows:
+                ratios = (None, None) if row is first else _speed_ratios(row.speeds[place], base)
+                lines.append(_SpeedLine(short(row.model), row.speeds[place], row is evaluation.before, *ratios))
+        tables.append(_SpeedTable(evaluation, tuple(lines)))
+    return tuple(tables)
+
+
+@dataclass(frozen=True)
+class _TaskTable:
+    """Tasks by model; `models` in the order of the evaluations, as they are named in the rows."""
+
+    models: tuple[str, ...]
+    rows: tuple[TaskRow, ...]
+    mixed: bool
+
+
+def worse(score: TaskScore, difference: Estimate) -> bool:
+    """Whether a difference is in the bad direction by more than two standard errors."""
+    if difference.value is None or difference.standard_error is None or score.higher_is_better is None:
+        return False
+    gain = difference.value if score.higher_is_better else -difference.value
+    return gain < -2 * difference.standard_error
+
+
+def task_table(run: Run, *, mix_settings: bool) -> _TaskTable | None:
+    """Scores of tasks; None where none was asked."""
+    rows = task_rows(run.evaluations, mix_settings=mix_settings)
+    models = dict.fromkeys(row.model for evaluation in run.evaluations.values() for row in evaluation.rows)
+    asked = tuple(model for model in models if any(model in row.values for row in rows))
+    return _TaskTable(asked, rows, mix_settings and len(run.evaluations) > 1) if rows else None
 
 
 def _perplexity_scale(rows: Sequence[Row]) -> figures.LogScale | None:
@@ -500,7 +441,7 @@ class _Column:
         return f"{self.name} {middle} in the median, {low} to {high}"
 
 
-def layer_columns(plan: Plan) -> tuple[_Column, ...]:
+def layer_columns(plan: DensifyPlan) -> tuple[_Column, ...]:
     """The per-layer measures that a plan holds."""
     columns = []
     for key, name, top in (
@@ -516,65 +457,48 @@ def layer_columns(plan: Plan) -> tuple[_Column, ...]:
     return tuple(columns)
 
 
-def _short(name: str) -> str:
-    """A model or data set as a reader knows it: not where on a disk it lay."""
-    return Path(name).name if Path(name).is_absolute() else name
+def render(run: Run, *, mix_settings: bool = False) -> str:
+    """The page as HTML text: self-contained, no script, nothing fetched; the same run gives the same bytes.
 
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(_plain(item) for item in value) if isinstance(value, list) else str(value)
-
-
-def _estimate(estimate: Estimate, factor: float = 1.0) -> str:
-    if estimate.value is None:
-        return "not finite"
-    error = estimate.standard_error
-    return figures.with_error(factor * estimate.value, None if error is None else factor * error)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("burnish.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {name: getattr(figures, name) for name in ("count", "size", "duration", "number", "ratio")}
-    environment.filters |= {"plain": _plain, "short": _short, "estimate": _estimate}
-    environment.globals |= {"expert_map": expert_map, "layer_columns": layer_columns, "kept": kept, "choices": choices}
-    return environment
-
-
-def render(run: Run) -> str:
-    """The page as HTML text: self-contained, no script, nothing fetched; the same run gives the same bytes."""
+    Args:
+        run: what to show.
+        mix_settings: put results of different settings side by side, which says nothing about the models alone.
+    """
     models, how = headline(run)
-    return (
-        _environment()
-        .get_template("template.html.j2")
-        .render(
-            run=run,
-            models=models,
-            how=how,
-            tiles=tiles(run),
-            measurements=measurements(run),
-            layers_shown_open=LAYERS_SHOWN_OPEN,
-        )
+    groups = quality_groups(run.evaluations, mix_settings=mix_settings)
+    return fill(
+        "run.html.j2",
+        run=run,
+        models=models,
+        how=how,
+        tiles=tiles(run, groups),
+        measurements=measurements(run, groups),
+        speed_tables=speed_tables(run),
+        task_table=task_table(run, mix_settings=mix_settings),
+        mixed=mix_settings and len(run.evaluations) > 1,
+        block_influence=block_influence,
+        courses=courses,
+        description=description,
+        expert_map=expert_map,
+        layer_columns=layer_columns,
+        ranges=ranges,
+        shape_rows=shape_rows,
+        worse=worse,
+        layers_shown_open=LAYERS_SHOWN_OPEN,
     )
 
 
-def write_report(run_dir: Path, out: Path | None = None, *, overwrite: bool = False) -> Path:
+def write_report(
+    run_dir: Path, out: Path | None = None, *, overwrite: bool = False, mix_settings: bool = False
+) -> Path:
     """Write the page of a run, whole or not at all.
 
     Args:
-        run_dir: a run directory, or a directory of run directories.
+        run_dir: a run directory, the directory of a recipe, or a directory of run directories.
         out: the page; `report.html` in the run directory by default.
         overwrite: replace the page if it exists.
+        mix_settings: put results of different settings (task and version, shots, templates, tokenizer, seed, limit,
+            text) into one table.
 
     Returns:
         The path of the page.
@@ -584,17 +508,6 @@ def write_report(run_dir: Path, out: Path | None = None, *, overwrite: bool = Fa
         OutputError: the page exists and `overwrite` is false, or it cannot be written.
     """
     page = out if out is not None else run_dir / PAGE
-    if page.exists() and not overwrite:
-        raise OutputError(f"{page} exists: choose another name, or pass --overwrite")
-    text = render(read_run(run_dir))
-    partial = page.with_name(page.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(page)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{page} cannot be written: {error.strerror}") from None
-    return page
+    refuse_existing_page(page, overwrite=overwrite)
+    html = render_sweep(run_dir) if is_sweep(run_dir) else render(read_run(run_dir), mix_settings=mix_settings)
+    return write_page(page, html, overwrite=overwrite)

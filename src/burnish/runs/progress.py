@@ -28,6 +28,9 @@ class Progress:
         quiet: report nothing.
         console: where to report; standard error by default.
 
+    Attributes:
+        note: shown behind the bar or in the next line, such as the current loss.
+
     Example:
         >>> with Progress(quiet=True).task("observe", total=2) as advance:
         ...     advance(1)
@@ -36,6 +39,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
+        self.note = ""
         self.console = console or Console(stderr=True)
 
     def say(self, message: str) -> None:
@@ -46,14 +50,16 @@ class Progress:
     @contextmanager
     def task(self, name: str, total: int, *, done: int = 0, unit: str = "") -> Iterator[Callable[[int], None]]:
         """Open a task of `total` steps, `done` of them finished before; yields `advance(steps)`."""
+        self.note = ""
         if self.quiet:
             yield lambda steps: None
         elif self.console.is_terminal:
             with self._bar() as bar:
-                row = bar.add_task(name, total=total, completed=done, rss="")
+                row = bar.add_task(name, total=total, completed=done, rss="", note="")
 
                 def advance(steps: int) -> None:
-                    bar.update(row, advance=steps, rss=f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB")
+                    rss = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+                    bar.update(row, advance=steps, rss=rss, note=self.note)
 
                 yield advance
         else:
@@ -61,7 +67,8 @@ class Progress:
 
     def _bar(self) -> Bar:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[rss]}"), console=self.console)
+        more = (TimeRemainingColumn(), TextColumn("{task.fields[rss]}"), TextColumn("{task.fields[note]}"))
+        return Bar(*columns, *more, console=self.console)
 
     def _lines(self, name: str, total: int, done: int, unit: str) -> Callable[[int], None]:
         start = last = time.monotonic()
@@ -79,6 +86,7 @@ class Progress:
             self.say(
                 f"{name}: {count}/{total} {unit}".rstrip()
                 + f", elapsed {_seconds(now - start)}, remaining {_seconds(remaining)}, {rss:.1f} GiB"
+                + (f", {self.note}" if self.note else "")
             )
             sys.stderr.flush()
 

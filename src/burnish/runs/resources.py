@@ -1,4 +1,4 @@
-"""Peak memory of this process, and JSON files that appear complete or not at all."""
+"""Peak memory of this process, and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -37,12 +37,20 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON with a final newline, by rename, so that no reader sees half a file."""
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 by rename, so that no reader sees half a file, and a failure leaves the old one."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

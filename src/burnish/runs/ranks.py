@@ -1,11 +1,20 @@
-"""Calibration over several processes started by torchrun: each rank sees its share, and the sums add up exactly."""
+"""The processes of a run that torchrun started: which one this is, waiting, and adding up what each saw."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
-from burnish.densify.statistics import RoutingStatistics
+
+class Addable(Protocol):
+    """A record whose sum with another is the record of both."""
+
+    def __add__(self, other: Self) -> Self:
+        """The record of both."""
+        ...
+
+
+R = TypeVar("R", bound=Addable)
 
 
 def rank() -> int:
@@ -19,7 +28,7 @@ def world_size() -> int:
 
 
 def join_ranks() -> None:
-    """Join the process group of torchrun (gloo: the records live on the CPU); nothing to do for a single process."""
+    """Join the process group of torchrun, unless that is done (gloo: records live on the CPU)."""
     import torch.distributed as dist
 
     if world_size() > 1 and not dist.is_initialized():
@@ -34,15 +43,15 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def merge_over_ranks(statistics: RoutingStatistics) -> RoutingStatistics:
-    """The record of all ranks' tokens, the same on every rank: sums are added in the order of the ranks."""
+def merge_over_ranks(record: R) -> R:
+    """The record of all ranks, the same on every rank: sums are added in the order of the ranks."""
     import torch.distributed as dist
 
     if world_size() == 1:
-        return statistics
+        return record
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, statistics)
-    total: RoutingStatistics = gathered[0]
+    dist.all_gather_object(gathered, record)
+    total: R = gathered[0]
     for other in gathered[1:]:
         total = total + other
     return total

@@ -1,0 +1,553 @@
+"""Compose student, teacher, data and `Trainer` into one distillation; the only file that knows all the others."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+from burnish.checkpoint import Checkpoint, Staging, copy_other_files, parse_size
+from burnish.checkpoint.card import front_matter
+from burnish.checkpoint.load import foreign_bars_hidden, load_model
+from burnish.checkpoint.staging import refuse_existing, require_apart
+from burnish.checkpoint.tensors import FLOATING, torch_dtype
+from burnish.checkpoint.write import require_disk_space
+from burnish.data import TokenBlocks, bundled_text, token_blocks
+from burnish.data.packed import PackedTokens, identity, pack_tokens
+from burnish.distill.card import model_card
+from burnish.distill.head import require_head
+from burnish.distill.metrics import Advance, Metrics, metric_lines
+from burnish.distill.prepare import OPTIMIZERS, SCHEDULES, Job, num_parameters, prepare
+from burnish.distill.stored import StoredLogits, store
+from burnish.distill.teacher import LiveTeacher, StoredTeacher, Teacher
+from burnish.distill.trainer import IGNORED, DistillTrainer
+from burnish.errors import OutputError, TrainingError
+from burnish.runs import Progress, environment, peak_rss_bytes, ranks, write_json
+from burnish.runs.randomness import random_state_kept
+
+RECORD_FORMAT = "burnish.run/1"
+METRICS_FILE = "metrics.jsonl"
+OWN_FILES = frozenset({"README.md", "burnish.json", "plan.json", METRICS_FILE, "evaluation.json", "report.html"})
+HEAD_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a distillation did.
+
+    Attributes:
+        out: the written directory; None for a dry run.
+        record: the run record, as in `burnish.json`.
+        history: lines of `metrics.jsonl`: training lines (`loss`) and evaluations (`eval_kl`).
+    """
+
+    out: Path | None
+    record: dict[str, Any]
+    history: tuple[dict[str, Any], ...] = ()
+
+    def summary(self) -> str:
+        """A few lines for people: what was trained on what, and what it brought or would take."""
+        training, needs = self.record["training"], self.record["forecast"]
+        lines = [
+            f"{self.record['source']['name']} from {self.record['teacher']['name']}: {training['tokens']:,} tokens in"
+            f" {training['steps']:,} steps of {training['tokens_per_step']:,}"
+        ]
+        if self.out is None:
+            lines.append(
+                f"dry run, nothing written: weights, gradients and optimizer of the student"
+                f" {needs['student_bytes'] / 1e9:.2f} GB, teacher {needs['teacher_bytes'] / 1e9:.2f} GB, activations on"
+                f" top; free disk needed {needs['disk_bytes'] / 1e9:.2f} GB"
+            )
+            return "\n".join(lines)
+        first, last = training["first_evaluation"], training["last_evaluation"]
+        if first and last:
+            lines.append(
+                f"held-out KL {first['eval_kl']:.4f} -> {last['eval_kl']:.4f}, perplexity"
+                f" {_exp(first['eval_nll']):,.1f} -> {_exp(last['eval_nll']):,.1f}"
+            )
+        lines.append(
+            f"train {self.record['seconds']['train']:.1f} s, {training['tokens_per_second']:,.0f} tokens/s; peak memory"
+            f" {self.record['peak_rss_bytes'] / 1e9:.2f} GB"
+        )
+        lines.append(f"wrote {self.out}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"out": str(self.out) if self.out else None, **self.record}
+
+
+def distill(
+    student: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    teacher: str | os.PathLike[str] | None = None,
+    dataset: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    eval_dataset: str | os.PathLike[str] | None = None,
+    eval_samples: int = 32,
+    tokens: int | str = "10M",
+    max_length: int = 512,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    loss: str = "forward-kl",
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    hidden_weight: float = 0.0,
+    teacher_top_k: int | None = None,
+    teacher_logits: str | os.PathLike[str] | None = None,
+    top_logits: int = 64,
+    optimizer: str = "adamw",
+    lr: float = 1e-4,
+    schedule: str = "cosine",
+    warmup: float = 0.02,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    eval_every: int | str | None = None,
+    checkpoint_every: int | str | None = None,
+    gradient_checkpointing: bool = False,
+    dtype: str = "auto",
+    teacher_dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    report_to: str = "none",
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Train a student to predict what its teacher predicts.
+
+    Args:
+        student: directory or hub name of the model to train; all its weights are trained.
+        out: directory to write; it appears complete or not at all.
+        teacher: directory or hub name, in any form that transformers loads; None when `teacher_logits` are there.
+        dataset: training text, as `burnish.data.load_texts`; None is the bundled corpus.
+        split: of a Hub data set.
+        eval_dataset: held-out text; None is the bundled held-out text when `dataset` is None, else no evaluation.
+        eval_samples: blocks of it.
+        tokens: how many to train on, such as "4B"; a smaller corpus is repeated.
+        max_length: tokens in a block.
+        batch_size: blocks per process and forward pass.
+        gradient_accumulation: passes per step.
+        loss: "forward-kl", "reverse-kl", "jensen-shannon" or "jensen-shannon:BETA".
+        temperature: softens both distributions.
+        ce_weight: share of the cross-entropy with the text in the loss.
+        hidden_weight: weight of the hidden-state loss; needs equal hidden sizes and a live teacher.
+        teacher_top_k: experts per token in the teacher's forward pass (Eq. 6 of the paper); None leaves the router's.
+        teacher_logits: directory of stored logits: read where it is there, else written by the teacher first.
+        top_logits: tokens stored per position; the rest is one more outcome.
+        optimizer: "adamw", or any name that `TrainingArguments(optim=)` knows.
+        lr: peak learning rate.
+        schedule: "cosine" (to 0), "linear" (to 0) or "constant", each after a linear warm-up.
+        warmup: share of the steps.
+        weight_decay: decoupled.
+        max_grad_norm: gradients are clipped to it.
+        eval_every: tokens between evaluations; None is a tenth of `tokens`.
+        checkpoint_every: tokens between checkpoints; None is a tenth of `tokens`.
+        gradient_checkpointing: recompute activations in the backward pass.
+        dtype: "auto", "float32", "bfloat16" or "float16": of the forward pass; weights are trained in float32. auto is
+            bfloat16 on a GPU that has it, else float32.
+        teacher_dtype: of the teacher; auto as stored.
+        device: "auto", "cpu" or "cuda"; under torchrun each process takes its own GPU.
+        seed: of the order of the data and all random draws.
+        report_to: "none", "tensorboard", "wandb" or "trackio"; metrics.jsonl is written always.
+        dry_run: check everything and forecast; write nothing.
+        overwrite: replace `out`, and discard unfinished work of other inputs.
+        resume: continue unfinished work of the same inputs.
+        max_shard_size: with a unit, such as "5GB".
+        trust_remote_code: run code beside the models.
+        callbacks: further callbacks of transformers.
+        progress: where progress is shown; silent by default.
+
+    Raises:
+        BurnishError: the input cannot be used, the output cannot be written, or the loss is no longer a number.
+        ValueError: an option is out of range.
+
+    Source: arXiv 2605.28207, section 3.5: forward KL on logits at temperature 1, no other term, the whole student
+    trained (confirmed by implementers of the paper); optimizer, learning rate, batch and schedule are not known and
+    ours.
+
+    Example:
+        >>> from burnish import distill
+        >>> distill("qwen3-dense", "qwen3-distilled", teacher="Qwen/Qwen3-30B-A3B", tokens="4B")  # doctest: +SKIP
+    """
+    options = {name: value for name, value in locals().items() if name not in ("callbacks", "progress")}
+    progress, out, started = progress or Progress(quiet=True), Path(out), _now()
+    refuse_existing(out, overwrite=overwrite)
+    job = prepare(options)
+    require_apart(out, job.student.path)
+    require_disk_space(out, job.forecast["disk_bytes"])
+    record = _new_record(job, started)
+    if dry_run:
+        return DistillResult(None, record)
+    for note in job.notes:
+        progress.say(note)
+    staging = _open_staging(job, out, overwrite=overwrite, resume=resume)
+    with staging.explaining("the output"), random_state_kept(), foreign_bars_hidden():
+        history = _work(job, staging, record, list(callbacks), progress)
+    ranks.wait_for_all()
+    return DistillResult(out, record, tuple(history))
+
+
+def _new_record(job: Job, started: str) -> dict[str, Any]:
+    parameters = num_parameters(job.student)
+    architecture = (job.student.config.get("architectures") or ["unknown"])[0]
+    told = ("student", "out", "teacher")
+    return {
+        "format": RECORD_FORMAT,
+        "verb": "distill",
+        "started": started,
+        "options": {key: value for key, value in _plain(job.options).items() if key not in told},
+        "source": {
+            "name": job.student.name,
+            "family": job.student.config.get("model_type", "unknown"),
+            "model_type": job.student.config.get("model_type", "unknown"),
+            "architecture": architecture,
+            "parameters": parameters,
+            "bytes": job.student.nbytes,
+        },
+        "teacher": _teacher_record(job),
+        "output": {"architecture": architecture, "parameters": parameters, "bytes": job.student.nbytes},
+        "training": {
+            "tokens": job.steps * job.tokens_per_step,
+            "steps": job.steps,
+            "tokens_per_step": job.tokens_per_step,
+            "processes": ranks.world_size(),
+            "dtype": job.dtype,
+            "device": str(job.device),
+        },
+        "forecast": job.forecast,
+        "environment": environment(),
+        "notes": job.notes,
+    }
+
+
+def _teacher_record(job: Job) -> dict[str, Any]:
+    if job.teacher is None:
+        assert job.stored is not None
+        return {"name": str(job.stored.directory), "parameters": 0, "bytes": 0}
+    return {"name": job.teacher.name, "parameters": num_parameters(job.teacher), "bytes": job.teacher.nbytes}
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them."""
+    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
+
+
+def _open_staging(job: Job, out: Path, *, overwrite: bool, resume: bool) -> Staging:
+    """The work directory beside the output; the first rank opens it, the others follow."""
+    versions = environment()["versions"]
+    assert isinstance(versions, dict)
+    told_elsewhere = ("out", "student", "teacher", "dataset", "teacher_logits")
+    without_effect = ("dry_run", "overwrite", "resume", "trust_remote_code")
+    fingerprint = {
+        "options": {key: value for key, value in _plain(job.options).items()
+                    if key not in (*told_elsewhere, *without_effect)},
+        "data": identity(job.options["dataset"]),
+        "eval_data": identity(job.options["eval_dataset"]),
+        "student": job.student.fingerprint(),
+        "teacher": job.teacher.fingerprint() if job.teacher else None,
+        "versions": {name: versions[name] for name in ("burnish", "torch", "transformers")},
+        "world_size": ranks.world_size(),
+    }  # fmt: skip
+    if ranks.world_size() > 1:
+        PartialState(cpu=job.device.type == "cpu")  # joins the ranks, with the backend that training will use
+    if ranks.rank() == 0:
+        staging = Staging(out, fingerprint, overwrite=overwrite, resume=resume)
+        ranks.wait_for_all()
+        return staging
+    ranks.wait_for_all()
+    return Staging(out, fingerprint, overwrite=overwrite)
+
+
+class _Blocks(Dataset[dict[str, Tensor]]):
+    """Training blocks, and the number of each for a stored teacher; the first token of a block is not predicted."""
+
+    def __init__(self, packed: PackedTokens) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return self.packed.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.packed.block(index)
+        labels = ids.clone()
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels, "row": torch.tensor(index)}
+
+
+class _EvalBlocks(Dataset[dict[str, Tensor]]):
+    """Held-out blocks; their numbers follow those of the training blocks. Padding is not predicted."""
+
+    def __init__(self, blocks: TokenBlocks, first_row: int) -> None:
+        self.blocks, self.first_row = blocks, first_row
+
+    def __len__(self) -> int:
+        return len(self.blocks.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids, mask = self.blocks.input_ids[index], self.blocks.attention_mask[index]
+        labels = ids.masked_fill(~mask, IGNORED)
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels, "row": torch.tensor(self.first_row + index)}
+
+
+def _work(
+    job: Job, staging: Staging, record: dict[str, Any], callbacks: list[TrainerCallback], progress: Progress
+) -> list[dict[str, Any]]:
+    """Pack, load, train, write, publish; returns the lines of metrics.jsonl."""
+    clock = time.perf_counter()
+    data, evaluation = _read_data(job, staging, progress)
+    student = load_model(
+        job.student,
+        dtype=torch.float32,
+        device=job.device if ranks.world_size() == 1 else None,
+        trust_remote_code=job.options["trust_remote_code"],
+    )
+    require_head(student, data[0]["input_ids"][None, :HEAD_PROBE_TOKENS].to(student.device))
+    teacher, tail_mass = _load_teacher(job, data, evaluation, progress)
+    prepared = time.perf_counter()
+    arguments = _arguments(job, staging, evaluation is not None)
+    trainer = DistillTrainer(
+        student,
+        teacher,
+        job.objective,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=evaluation,
+        callbacks=[*callbacks, Metrics(job.tokens_per_step, staging.files / METRICS_FILE, progress)],
+    )
+    checkpoint = _last_checkpoint(staging.work)
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    try:
+        with progress.task("distill", job.steps, done=first_step, unit="steps") as advance:
+            trainer.add_callback(Advance(advance))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except TrainingError as error:
+        good = _last_checkpoint(staging.work)
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise TrainingError(f"{error}: {kept}; lower lr, and start anew with --overwrite") from None
+    trained = time.perf_counter()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    history = metric_lines(trainer.state.log_history, job.tokens_per_step)
+    if ranks.rank() == 0:
+        _write_student(job, student, state, staging)
+        seconds = trained - prepared
+        evaluations = [line for line in history if "eval_kl" in line]
+        record["training"] |= {
+            "optimizer": job.options["optimizer"],
+            "lr": job.options["lr"],
+            "schedule": job.options["schedule"],
+            "loss": job.options["loss"],
+            "temperature": job.options["temperature"],
+            "tail_mass": tail_mass,
+            "tokens_per_second": (job.steps - first_step) * job.tokens_per_step / seconds,
+            "resumed_at_step": first_step,
+            "blocks": len(data),
+            "documents": data.packed.sources,
+            "first_evaluation": evaluations[0] if evaluations else None,
+            "last_evaluation": evaluations[-1] if evaluations else None,
+        }
+        record["seconds"] = {
+            "prepare": prepared - clock,
+            "train": seconds,
+            "write": time.perf_counter() - trained,
+        }
+        record |= {"finished": _now(), "peak_rss_bytes": peak_rss_bytes()}
+        if job.device.type == "cuda":
+            record["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+        copied = copy_other_files(job.student, staging, OWN_FILES)
+        record["files"] = {"copied": copied, "changed": ["README.md"], "dropped": job.student.left_files()}
+        (staging.files / "README.md").write_text(model_card(record, front_matter(job.student)), encoding="utf-8")
+        write_json(staging.files / "burnish.json", record)
+        staging.publish()
+    return history
+
+
+def _read_data(job: Job, staging: Staging, progress: Progress) -> tuple[_Blocks, _EvalBlocks | None]:
+    """Training blocks in a file, and held-out blocks; the first rank packs, the others read what it packed."""
+    options = job.options
+    if ranks.rank() != 0:
+        ranks.wait_for_all()
+    with progress.task("pack", job.num_blocks * options["max_length"], unit="tokens") as advance:
+        packed = pack_tokens(
+            job.tokenizer,
+            options["dataset"],
+            staging.work / "tokens.bin",
+            num_blocks=job.num_blocks,
+            max_length=options["max_length"],
+            seed=options["seed"],
+            split=options["split"],
+            advance=advance,
+        )
+    if ranks.rank() == 0:
+        ranks.wait_for_all()
+    if packed.num_blocks < job.num_blocks:
+        times = job.num_blocks / packed.num_blocks
+        progress.say(f"the text has {packed.num_tokens:,} tokens: it is read {times:.1f} times")
+    held_out = options["eval_dataset"]
+    if held_out is None:
+        if options["dataset"] is not None:
+            return _Blocks(packed), None
+        held_out = bundled_text("heldout")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a held-out text shorter than asked for is no fault
+        blocks = token_blocks(
+            job.tokenizer,
+            held_out,
+            num_samples=options["eval_samples"],
+            max_length=options["max_length"],
+            seed=options["seed"],
+        )
+    return _Blocks(packed), _EvalBlocks(blocks, packed.num_blocks)
+
+
+def _load_teacher(
+    job: Job, data: _Blocks, evaluation: _EvalBlocks | None, progress: Progress
+) -> tuple[Teacher, float | None]:
+    """The teacher, and the mean mass that stored logits lump together."""
+    fingerprint = job.teacher_fingerprint() | {
+        "tokens": data.packed.fingerprint,
+        "held_out": evaluation.blocks.fingerprint if evaluation else None,
+    }
+    if job.stored is not None:
+        stored = StoredLogits.open(job.stored.directory, fingerprint)
+        return StoredTeacher(stored), stored.tail_mass
+    assert job.teacher is not None
+    progress.say(f"loading {job.teacher.name}")
+    settings: dict[str, Any] = {}
+    if job.options["teacher_top_k"] is not None:
+        settings["num_experts_per_tok"] = job.options["teacher_top_k"]
+    device: torch.device | None = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if job.device.type != "cuda":
+        device = job.device
+    if "quantization_config" in job.teacher.config:  # weights that cannot be moved once they are loaded
+        settings["device_map"], device = {"": device}, None
+    teacher_dtype = job.options["teacher_dtype"]
+    model = load_model(
+        job.teacher,
+        dtype=teacher_dtype if teacher_dtype == "auto" else getattr(torch, teacher_dtype),
+        device=device,
+        trust_remote_code=job.options["trust_remote_code"],
+        **settings,
+    ).eval()
+    require_head(model, data[0]["input_ids"][None, :HEAD_PROBE_TOKENS].to(model.device))
+    if job.options["teacher_logits"] is None:
+        return LiveTeacher(model), None
+    total = len(data) + (len(evaluation) if evaluation else 0)
+
+    def block(row: int) -> Tensor:
+        if row < len(data):
+            return data.packed.block(row)
+        assert evaluation is not None
+        return evaluation[row - len(data)]["input_ids"]
+
+    with progress.task("store the teacher's logits", total, unit="blocks") as advance:
+        stored = store(
+            model,
+            block,
+            total,
+            Path(job.options["teacher_logits"]),
+            best=job.options["top_logits"],
+            temperature=job.objective.temperature,
+            vocab_size=job.vocab_size,
+            batch_size=job.options["batch_size"],
+            fingerprint=fingerprint,
+            advance=advance,
+        )
+    progress.say(f"stored {stored.directory}; on average {stored.tail_mass:.2%} of the mass is in the rest")
+    return StoredTeacher(stored), stored.tail_mass
+
+
+def _arguments(job: Job, staging: Staging, evaluate: bool) -> TrainingArguments:
+    options = job.options
+    if options["report_to"] == "tensorboard":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(staging.files / "runs"))
+    return TrainingArguments(
+        output_dir=str(staging.work),
+        max_steps=job.steps,
+        per_device_train_batch_size=options["batch_size"],
+        per_device_eval_batch_size=options["batch_size"],
+        gradient_accumulation_steps=options["gradient_accumulation"],
+        optim=OPTIMIZERS.get(options["optimizer"], options["optimizer"]),
+        learning_rate=options["lr"],
+        lr_scheduler_type=SCHEDULES[options["schedule"]],
+        warmup_steps=math.ceil(options["warmup"] * job.steps),
+        weight_decay=options["weight_decay"],
+        max_grad_norm=options["max_grad_norm"],
+        bf16=job.dtype == "bfloat16",
+        fp16=job.dtype == "float16",
+        use_cpu=job.device.type == "cpu",
+        seed=options["seed"],
+        data_seed=options["seed"],
+        logging_steps=max(1, min(50, job.steps // 50)),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_on_start=evaluate,
+        eval_steps=job.eval_every,
+        save_steps=job.checkpoint_every,
+        save_total_limit=2,
+        disable_tqdm=True,
+        dataloader_pin_memory=job.device.type == "cuda",
+        report_to=[] if options["report_to"] == "none" else [options["report_to"]],
+        remove_unused_columns=False,
+        **({"gradient_checkpointing": True} if options["gradient_checkpointing"] else {}),
+    )
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that is whole: `Trainer` writes its state last."""
+    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _write_student(job: Job, student: PreTrainedModel, state: dict[str, Tensor], staging: Staging) -> None:
+    """Write the trained weights in the names and types of the student that was read.
+
+    Raises:
+        OutputError: what transformers wrote has other names, shapes or types.
+    """
+    before = job.student.tensors
+    stored = [torch_dtype(tensor.dtype) for tensor in before.values() if tensor.dtype in FLOATING]
+    common = max(set(stored), key=stored.count)
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(torch_dtype(before[name].dtype) if name in before else common)
+
+    weights = {name: cast(name, tensor) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    for copy, original in (getattr(student, "all_tied_weights_keys", None) or {}).items():
+        weights[copy] = weights[original]  # one tensor again, which is stored once
+    limit = parse_size(job.options["max_shard_size"])
+    student.save_pretrained(staging.files, state_dict=weights, max_shard_size=limit)
+    for file in staging.files.glob("*.safetensors"):
+        file.chmod(0o644)  # transformers keeps the mode of its private temporary file
+    after = Checkpoint.open(staging.files).tensors
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+            was, found = (f"{tensor.dtype} {list(tensor.shape)}" if tensor else "missing" for tensor in (old, new))
+            raise OutputError(f"{staging.out}: tensor {name} was {was}, is {found} after training")
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
