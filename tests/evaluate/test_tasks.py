@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -71,6 +72,8 @@ def home(tmp_path_factory):
     task("others", extra=CHOICE["extra"] + "num_fewshot: 0\n")
     task("rolling", "[{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]",
          output_type="loglikelihood_rolling", target="question", extra="")  # fmt: skip
+    task("written", "[{metric: exact_match, aggregation: mean, higher_is_better: true}]", output_type="generate_until",
+         target="question", extra="generation_kwargs: {until: [' '], max_gen_toks: 6, do_sample: false}\n")  # fmt: skip
     (tasks / "group.yaml").write_text(
         "group: both\ntask: [answers, others]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
@@ -163,6 +166,45 @@ def test_u10_2_every_model_is_asked_the_same(home, run, monkeypatch):
     (task,) = result.tasks
     assert task.differences[1] == Estimate(0.0, 0.0)
     assert task.values[0] == task.values[1]
+
+
+def test_generated_answers_are_those_of_greedy_decoding(home, run, monkeypatch):
+    """The first six tokens up to a space, for the first question, against our own loop."""
+    from lm_eval.api.task import ConfigurableTask
+
+    seen = []
+    process = ConfigurableTask.process_results
+    monkeypatch.setattr(
+        ConfigurableTask, "process_results", lambda self, doc, found: seen.append(found[0]) or process(self, doc, found)
+    )
+    (task,) = run(home / "before", tasks=["written"], limit=4).tasks
+    assert (task.metric, task.num_samples) == ("exact_match", 4)
+    model = AutoModelForCausalLM.from_pretrained(home / "before").eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "before")
+    for doc, found in zip(docs_of(home)[:4], seen, strict=True):
+        ids = tokenizer(doc["question"])["input_ids"]
+        start = len(ids)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        text = tokenizer.decode(ids[start:], skip_special_tokens=True)
+        assert found == text.split(" ")[0]
+
+
+def test_the_chat_template_of_the_first_model_wraps_all_prompts(tmp_path, home, run, monkeypatch):
+    shutil.copytree(home / "before", tmp_path / "chat")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<a>' if add_generation_prompt }}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    options = {"before": tmp_path / "chat", "after": home / "after", "tasks": ["answers"], "limit": 5}
+    (plain,) = run(**options).tasks
+    assert plain.chat_template_hash is None
+    result = run(**options, apply_chat_template=True)
+    (wrapped,) = result.tasks
+    assert wrapped.chat_template_hash == result.chat_template_hash is not None
+    assert wrapped.fingerprint != plain.fingerprint
+    assert wrapped.values != plain.values
 
 
 def test_a_group_is_the_mean_of_its_tasks(home, run):

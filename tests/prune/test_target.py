@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from burnish.families.outline import class_tensors
 from burnish.prune import Sizes
 from burnish.prune.cut import describe_student
 from burnish.prune.layout import DenseModel
-from burnish.prune.target import exact_sizes, parse_count, sizes_for, step_of
+from burnish.prune.target import exact_sizes, sizes_for, step_of
 
 QWEN3_32B = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 64,
@@ -36,7 +37,11 @@ def model_of(raw: dict[str, Any]) -> DenseModel:
     return DenseModel.understand(Checkpoint("none", Path("none"), raw, tensors))
 
 
-BIG, LLAMA = model_of(QWEN3_32B), model_of(LLAMA_7B)
+SMALL_QWEN3 = {
+    "model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "vocab_size": 96, "tie_word_embeddings": True,
+}  # fmt: skip
+BIG, LLAMA, SMALL = model_of(QWEN3_32B), model_of(LLAMA_7B), model_of(SMALL_QWEN3)
 
 
 def test_the_dense_to_dense_student_of_qwen3_32b_to_the_parameter() -> None:
@@ -53,9 +58,8 @@ def test_a_stored_copy_of_a_tied_head_is_dropped_and_not_counted(tmp_path: Path)
     assert BIG.num_parameters() - tied.num_parameters() == 151936 * 5120
 
 
-@pytest.mark.parametrize("parameters", ["16B", "8B", "3_441_113_088", "1B", "300M", "100M"])
-def test_found_sizes_fit_and_one_more_step_of_the_feed_forward_would_not(parameters: str) -> None:
-    wanted = parse_count(parameters)
+@pytest.mark.parametrize("wanted", [16 * 10**9, 8 * 10**9, 3_441_113_088, 10**9, 3 * 10**8, 10**8])
+def test_found_sizes_fit_and_one_more_step_of_the_feed_forward_would_not(wanted: int) -> None:
     sizes = sizes_for(BIG, wanted)
     wider = sizes.model_copy(update={"intermediate_size": sizes.intermediate_size + 64})
     assert BIG.num_parameters(sizes) <= wanted
@@ -73,10 +77,44 @@ def test_all_dimensions_shrink_together() -> None:
     assert sizes_for(BIG, BIG.num_parameters()) == BIG.sizes
 
 
+@pytest.mark.parametrize(
+    ("model", "channels", "neurons", "wanted"),
+    [
+        (BIG, 256, 64, [500_000_000, 2_700_000_000, 9_876_543_210, 21_000_000_000]),
+        (SMALL, 4, 1, [*range(8_000, 18_000, 250)]),
+    ],
+    ids=["big", "small"],
+)
+def test_the_factor_is_the_largest_that_fits(model: DenseModel, channels: int, neurons: int, wanted: list[int]) -> None:
+    """Against a search over a fine grid of factors, and one over all widths."""
+    source = model.sizes
+
+    def rounded(count: int, factor: float) -> int:
+        return max(1, math.floor(count * factor + 0.5))
+
+    def at(factor: float) -> Sizes:
+        return Sizes(
+            layers=rounded(source.layers, factor),
+            hidden_size=channels * rounded(source.hidden_size // channels, factor),
+            intermediate_size=neurons * rounded(source.intermediate_size // neurons, factor),
+            heads=source.kv_heads * rounded(source.group, factor),
+            kv_heads=source.kv_heads,
+        )
+
+    grid = [at(step / 9600) for step in range(9600, 0, -1)]
+    for count in wanted:
+        best = next(sizes for sizes in grid if model.num_parameters(sizes) <= count)
+        widths = range(best.intermediate_size, source.intermediate_size + 1, neurons)
+        filled = (best.model_copy(update={"intermediate_size": width}) for width in widths)
+        expected = [sizes for sizes in filled if model.num_parameters(sizes) <= count][-1]
+        assert sizes_for(model, count) == expected, count
+
+
 def test_heads_with_keys_of_their_own_shrink_with_them_where_the_class_allows_it() -> None:
-    sizes = sizes_for(LLAMA, parse_count("3B"))
-    assert sizes.heads == sizes.kv_heads < 32
-    assert sizes.hidden_size % sizes.heads == 0  # transformers has no other Llama
+    for parameters in range(10**9, 6 * 10**9, 10**8):
+        sizes = sizes_for(LLAMA, parameters)
+        assert sizes.heads == sizes.kv_heads < 32
+        assert sizes.hidden_size % sizes.heads == 0  # transformers has no other Llama
     assert LLAMA.refusal(sizes.model_copy(update={"heads": 7, "kv_heads": 7})) is not None
 
 
@@ -114,14 +152,6 @@ def test_counts_that_cannot_be_reached_are_refused_with_the_nearest() -> None:
 def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         exact_sizes(BIG.sizes, **sizes)
-
-
-def test_numbers_of_parameters() -> None:
-    counts = {"1.5B": 1_500_000_000, "350m": 350_000_000, "1_246_592": 1_246_592, 7: 7, " 2 K ": 2000, "0.0015M": 1500}
-    assert {text: parse_count(text) for text in counts} == counts
-    for text in ("", "B", "-1B", "0", "1.5", "1e9", "1.5GB", "0.0001K"):
-        with pytest.raises(ValueError, match=r"expected a number such as 1\.5B"):
-            parse_count(text)
 
 
 def test_steps_divide_the_size() -> None:

@@ -169,6 +169,16 @@ def test_students_are_known_by_the_name_of_their_directory(make_sweep: Callable[
     assert "/data" not in render(run)
 
 
+def test_an_evaluation_of_another_model_is_not_taken_for_this_one(make_run: Callable[..., Path]) -> None:
+    """The directory may have been renamed since, or the file copied along from another model, of another size."""
+    directory = make_run()
+    edit(directory / "evaluation.json", lambda evaluation: evaluation["rows"][1].update(model="/data/elsewhere"))
+    assert "Perplexity 8.70 → 24.3" in Page(render(read_run(directory))).words
+    edit(directory / "evaluation.json", lambda evaluation: evaluation["rows"][1].update(num_parameters=7))
+    shown = Page(render(read_run(directory))).words
+    assert "Perplexity" not in shown and "elsewhere" in shown
+
+
 def test_paths_show_only_where_the_options_are_listed(make_run: Callable[..., Path]) -> None:
     directory = make_run(name="/home/someone/models/Teacher")
     edit(directory / "burnish.json", lambda record: record.update(command="burnish densify Teacher"))

@@ -23,7 +23,7 @@ def test_the_course_of_a_distillation_has_its_points_in_place(make_distillation:
 
     The likelihood has two evaluations and no line of training; the loss is the divergence and stands for itself."""
     lines = [
-        {"step": 1, "tokens": 0, "loss": 8.0, "kl": 8.0},
+        {"step": 1, "tokens": 0, "loss": 8.0000004, "kl": 8.0},
         {"step": 2, "tokens": 50, "loss": 2.0, "kl": 2.0},
         {"step": 2, "tokens": 50, "eval_kl": 3.0, "eval_nll": 5.0},
         {"step": 3, "tokens": 100, "loss": 4.0, "kl": 4.0},
@@ -148,6 +148,13 @@ def test_kept_layers_are_read_however_they_were_written(make_pruning: Callable[.
     (conversion,) = read_run(make_pruning(layers=layers, block_influence=None)).conversions
     assert conversion.plan is not None and conversion.plan.layers == (0, 1, 2, 3, 6, 7, 8, 9, 11)
     assert "influence by layer" not in render(read_run(make_pruning(layers=layers, block_influence=None)))
+
+
+def test_shapes_are_read_in_the_words_of_the_options(make_pruning: Callable[..., Path]) -> None:
+    sizes = {"layers": 12, "hidden_size": 64, "intermediate_size": 96, "heads": 4, "kv_heads": 2}
+    directory = make_pruning(source=sizes, target=sizes | {"layers": 9, "heads": 2})
+    edit(directory / "plan.json", lambda plan: [plan.pop(key) for key in ("source_shape", "target_shape")])
+    assert "pruned: layers 12 → 9, attention heads 4 → 2" in Page(render(read_run(directory))).words
 
 
 @pytest.mark.parametrize(

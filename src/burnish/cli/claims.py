@@ -45,7 +45,10 @@ def show(context: typer.Context, directory: Directory = Path("claims")) -> None:
 def run(
     directory: Directory = Path("claims"),
     only: Annotated[str | None, typer.Option(help="Only the claim of this name.")] = None,
-    budget: Annotated[str, typer.Option(help="cpu-minutes or h100-10min.")] = "cpu-minutes",
+    budget: Annotated[str, typer.Option(help="cpu-minutes, cpu-hours or h100-10min.")] = "cpu-minutes",
+    scratch: Annotated[
+        Path | None, typer.Option(help="Keep what is trained here, and find it again.", show_default="a new directory")
+    ] = None,
 ) -> None:
     """Measure claims and append the results beside them.
 
@@ -60,6 +63,8 @@ def run(
         raise ValueError(f"no claim {only or ''} with budget {budget!r}: known are {names}")
     for file, claim in chosen:
         typer.echo(f"{file}: {claim.name} ...", err=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            result = run_claim(claim, directory, file, Path(scratch))
+        with tempfile.TemporaryDirectory() as temporary:
+            place = scratch or Path(temporary)
+            place.mkdir(parents=True, exist_ok=True)
+            result = run_claim(claim, directory, file, place.resolve())
         typer.echo(f"{claim.name}: {result['verdict']}: {result['number']} ({result['seconds']} s)")

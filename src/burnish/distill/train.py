@@ -188,7 +188,9 @@ def distill(
         >>> distill("qwen3-dense", "qwen3-distilled", teacher="Qwen/Qwen3-30B-A3B", tokens="4B")  # doctest: +SKIP
     """
     options = {name: value for name, value in locals().items() if name not in ("callbacks", "progress")}
-    progress, out, started = progress or Progress(quiet=True), Path(out), _now()
+    if progress is None or ranks.rank() != 0:
+        progress = Progress(quiet=True)
+    out, started = Path(out), _now()
     refuse_existing(out, overwrite=overwrite)
     job = prepare(options)
     require_apart(out, job.student.path)
@@ -430,6 +432,11 @@ def _load_teacher(
         stored = StoredLogits.open(job.stored.directory, fingerprint)
         return StoredTeacher(stored), stored.tail_mass
     assert job.teacher is not None
+    directory = job.options["teacher_logits"]
+    if directory is not None and ranks.rank() != 0:  # the first rank writes what all of them read
+        ranks.wait_for_all()
+        stored = StoredLogits.open(Path(directory), fingerprint)
+        return StoredTeacher(stored), stored.tail_mass
     progress.say(f"loading {job.teacher.name}")
     settings: dict[str, Any] = {}
     if job.options["teacher_top_k"] is not None:
@@ -448,7 +455,7 @@ def _load_teacher(
         **settings,
     ).eval()
     require_head(model, data[0]["input_ids"][None, :HEAD_PROBE_TOKENS].to(model.device))
-    if job.options["teacher_logits"] is None:
+    if directory is None:
         return LiveTeacher(model), None
     total = len(data) + (len(evaluation) if evaluation else 0)
 
@@ -463,7 +470,7 @@ def _load_teacher(
             model,
             block,
             total,
-            Path(job.options["teacher_logits"]),
+            Path(directory),
             best=job.options["top_logits"],
             temperature=job.objective.temperature,
             vocab_size=job.vocab_size,
@@ -471,6 +478,7 @@ def _load_teacher(
             fingerprint=fingerprint,
             advance=advance,
         )
+    ranks.wait_for_all()
     progress.say(f"stored {stored.directory}; on average {stored.tail_mass:.2%} of the mass is in the rest")
     return StoredTeacher(stored), stored.tail_mass
 
@@ -505,6 +513,7 @@ def _arguments(job: Job, staging: Staging, evaluate: bool) -> TrainingArguments:
         save_total_limit=2,
         disable_tqdm=True,
         dataloader_pin_memory=job.device.type == "cuda",
+        ddp_find_unused_parameters=False,
         report_to=[] if options["report_to"] == "none" else [options["report_to"]],
         remove_unused_columns=False,
         **({"gradient_checkpointing": True} if options["gradient_checkpointing"] else {}),

@@ -19,8 +19,9 @@ from burnish.prune.forecast import forecast
 from burnish.prune.layout import DenseModel, Sizes
 from burnish.prune.plan import PrunePlan
 from burnish.prune.statistics import ActivationStatistics
-from burnish.prune.target import exact_sizes, parse_count, sizes_for
+from burnish.prune.target import exact_sizes, sizes_for
 from burnish.runs import choose_device
+from burnish.runs.units import parse_count
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def prepare(
         raise ValueError(
             f"found {found}: give one target: parameters, a plan, or sizes ({', '.join(exact)}; one left out stays)"
         )
-    count = None if parameters is None else parse_count(parameters)
+    count = None if parameters is None else parse_count(parameters, "parameters")
     output_dtype = None if dtype == "auto" else floating_name(dtype)
     dense = DenseModel.open(model, revision=revision)
     given = PrunePlan.load(Path(plan)) if isinstance(plan, str | Path) else plan

@@ -2,29 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 
 from burnish.prune.layout import DenseModel, Sizes
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parse_count(text: str | int) -> int:
-    """A number of parameters.
-
-    Raises:
-        ValueError: not a positive number.
-
-    Example:
-        >>> parse_count("1.5B"), parse_count("1_246_592")
-        (1500000000, 1246592)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", str(text).replace("_", "").upper())
-    count = Fraction(match[1]) * UNITS[match[2]] if match else Fraction(0)
-    if count <= 0 or count.denominator != 1:
-        raise ValueError(f"parameters={text!r}: expected a number such as 1.5B, 350M or 1_246_592")
-    return int(count)
 
 
 def exact_sizes(

@@ -145,7 +145,7 @@ def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
     drawn over steps.
     """
     unit = "steps" if any(line.tokens is None for line in metrics) else "tokens"
-    own_loss = any(line.loss is not None and line.loss != _divergence(line) for line in metrics)
+    own_loss = any(line.loss is not None and not _same(line.loss, _divergence(line)) for line in metrics)
 
     def points(value: Callable[[Metrics], float | None]) -> list[tuple[float, float]]:
         found = [
@@ -168,6 +168,11 @@ def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
         drawing = Markup(figures.curve(trained, evaluated, title=title, unit=unit))
         drawn.append(_Course(name, drawing, unit, figures.logarithmic(values), bool(trained), bool(evaluated)))
     return tuple(drawn)
+
+
+def _same(loss: float, divergence: float | None) -> bool:
+    """Up to what a mean over the batch rounds away."""
+    return divergence is not None and math.isclose(loss, divergence, rel_tol=1e-4)
 
 
 def _divergence(line: Metrics) -> float | None:
@@ -270,10 +275,16 @@ def _training_tiles(conversion: Conversion) -> list[_Tile]:
 def measured(
     run: Run, groups: Sequence[QualityGroup], conversion: Conversion
 ) -> tuple[QualityGroup | None, Row | None]:
-    """The evaluation row of a conversion: the one that carries its name, or the only student of the only run."""
+    """The evaluation row of a conversion: the one that carries its name, or the only student of the only run.
+
+    The latter only where the sizes agree: an evaluation may have been copied along from the model before.
+    """
     for group in groups:
         for row in group.after:
-            if Path(row.model).name == conversion.name or len(groups) == len(group.after) == len(run.conversions) == 1:
+            alone = len(groups) == len(group.after) == len(run.conversions) == 1
+            if Path(row.model).name == conversion.name or (
+                alone and row.num_parameters == conversion.record.output.parameters
+            ):
                 return group, row
     return None, None
 

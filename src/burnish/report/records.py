@@ -367,9 +367,9 @@ class Run:
 T = TypeVar("T")
 
 
-def _parse(kind: type[T], text: bytes, place: str) -> T:
+def _parse(adapter: TypeAdapter[T], text: bytes, place: str) -> T:
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -385,7 +385,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _read(kind: type[T], path: Path) -> T:
-    return _parse(kind, _bytes(path), str(path))
+    return _parse(TypeAdapter(kind), _bytes(path), str(path))
 
 
 @dataclass(frozen=True)
@@ -404,8 +404,8 @@ def _plan(path: Path) -> DensifyPlan | PrunePlan:
 
 
 def _metrics(path: Path) -> tuple[Metrics, ...]:
-    lines = enumerate(_bytes(path).splitlines(), start=1)
-    return tuple(_parse(Metrics, line, f"{path} row {row}") for row, line in lines if line.strip())
+    lines, adapter = enumerate(_bytes(path).splitlines(), start=1), TypeAdapter(Metrics)
+    return tuple(_parse(adapter, line, f"{path} row {row}") for row, line in lines if line.strip())
 
 
 def _conversion(directory: Path) -> Conversion:

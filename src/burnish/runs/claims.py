@@ -48,8 +48,8 @@ class Claim:
         paper_number: its number, or "-".
         setting: ours.
         reproduced_if: the rule, decided before running.
-        budget: "cpu-minutes" or "h100-10min".
-        measure: runs it; the argument is a scratch directory.
+        budget: "cpu-minutes", "cpu-hours" or "h100-10min".
+        measure: runs it; the argument is a scratch directory, in which it may find what earlier runs left.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Claim:
     paper_number: str
     setting: str
     reproduced_if: str
-    budget: Literal["cpu-minutes", "h100-10min"]
+    budget: Literal["cpu-minutes", "cpu-hours", "h100-10min"]
     measure: Callable[[Path], Measurement]
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,47 +22,61 @@ from burnish.recipes.sweep import store
 
 optuna = pytest.importorskip("optuna")
 
-WORKER = """
-import sys, time
-from burnish.recipes.sweep import store
-url, log, count, pause, crash = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
-store.HEARTBEAT_SECONDS, store.GRACE_SECONDS = 1, 2
-
-def trials():
-    made = [store.waiting_trial({"cell": i}, {"cell": range(count)}, index=i) for i in range(count)]
-    return made
-
-def do(trial):
-    with open(log, "a") as file:
-        file.write(f"{trial.user_attrs['index']}\\n")
-    time.sleep(pause)
-    store.finish(storage, trial, float(trial.params["cell"]), {"found": trial.params["cell"]})
-
-with store.quiet_optuna():
-    storage = store.open_storage(url)
-    if crash:
-        import optuna
-        add, added = optuna.study.Study.add_trial, []
-        def dies(self, trial):
-            add(self, trial)
-            added.append(1)
-            if len(added) == int(crash):
-                import os, signal
-                os.kill(os.getpid(), signal.SIGKILL)
-        optuna.study.Study.add_trial = dies
-    study = store.open_study(storage, "test", {"of": 1}, trials)
-    done = store.work_off(storage, study, count, do, advance=lambda n: None, patience=0.1)
-print(sorted((i, t.value, t.user_attrs["found"]) for i, t in done.items()))
-"""
+CONTEXT = multiprocessing.get_context("fork")  # the libraries are imported once
 
 
-def worker(url: str, log: Path, count: int, pause: float = 0.0, crash: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WORKER, url, str(log), str(count), str(pause), crash]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def work(url: str, directory: Path, count: int, pause: float, dies_after: int | None) -> None:
+    """What a worker process does; it dies before it adds trial number `dies_after`."""
+    name = directory / str(os.getpid())
+    with (name.with_suffix(".err")).open("w") as error:
+        os.dup2(error.fileno(), 1)
+        os.dup2(error.fileno(), 2)
+    store.HEARTBEAT_SECONDS, store.GRACE_SECONDS = 1, 2
+    add, added = optuna.study.Study.add_trial, []
+
+    def dying_add(study: Any, trial: Any) -> None:
+        if len(added) == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        added.append(trial)
+        add(study, trial)
+
+    optuna.study.Study.add_trial = dying_add
+
+    def trials() -> list[Any]:
+        return [store.waiting_trial({"cell": i}, {"cell": range(count)}, index=i) for i in range(count)]
+
+    def do(trial: Any) -> None:
+        with (directory / "log").open("a") as log:
+            log.write(f"{trial.user_attrs['index']}\n")
+        time.sleep(pause)
+        store.finish(storage, trial, float(trial.params["cell"]), {"found": trial.params["cell"]})
+
+    with store.quiet_optuna():
+        storage = store.open_storage(url)
+        study = store.open_study(storage, "test", {"of": 1}, trials)
+        done = store.work_off(storage, study, count, do, advance=lambda n: None, patience=0.05)
+    found = sorted((i, trial.value, trial.user_attrs["found"]) for i, trial in done.items())
+    name.with_suffix(".out").write_text(json.dumps(found))
 
 
-def expected(count: int) -> str:
-    return str([(i, float(i), i) for i in range(count)])
+def start(url: str, directory: Path, count: int, *, pause: float = 0.0, dies_after: int | None = None) -> Any:
+    process = CONTEXT.Process(target=work, args=(url, directory, count, pause, dies_after), daemon=True)
+    process.start()
+    return process
+
+
+def require_done(process: Any, directory: Path, count: int) -> None:
+    """The worker ended well, knows every result, and nothing was printed."""
+    process.join(timeout=60)
+    name = directory / str(process.pid)
+    error = name.with_suffix(".err").read_text()
+    assert process.exitcode == 0 and error == ""
+    assert json.loads(name.with_suffix(".out").read_text()) == [[i, float(i), i] for i in range(count)]
+
+
+def done(directory: Path) -> list[int]:
+    log = directory / "log"
+    return sorted(map(int, log.read_text().split())) if log.exists() else []
 
 
 @pytest.fixture
@@ -71,36 +90,29 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def test_three_workers_do_every_trial_once_and_print_nothing_of_optunas(url: str, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    workers = [worker(url, log, 40) for _ in range(3)]
+def test_four_workers_do_every_trial_once_and_print_nothing_of_optunas(url: str, tmp_path: Path) -> None:
+    workers = [start(url, tmp_path, 40) for _ in range(4)]
     for process in workers:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-        assert out.strip() == expected(40) and error == ""
-    assert sorted(map(int, log.read_text().split())) == list(range(40))
+        require_done(process, tmp_path, 40)
+    assert done(tmp_path) == list(range(40))
 
 
 def test_u2_1_a_killed_workers_trial_is_done_again_and_no_other(url: str, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    first = worker(url, log, 6, pause=0.5)
-    while not log.exists() or len(log.read_text().split()) < 3:
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    out, error = worker(url, log, 6).communicate(timeout=60)
-    assert out.strip() == expected(6), error
-    assert sorted(map(int, log.read_text().split())) == [0, 1, 2, 2, 3, 4, 5]
+    first = start(url, tmp_path, 6, pause=0.3)
+    while len(done(tmp_path)) < 3:
+        time.sleep(0.01)
+    first.kill()
+    first.join()
+    require_done(start(url, tmp_path, 6), tmp_path, 6)
+    assert done(tmp_path) == [0, 1, 2, 2, 3, 4, 5]
 
 
 def test_u2_1_a_worker_killed_while_it_adds_trials_is_replaced(url: str, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    first = worker(url, log, 6, crash="4")
-    first.communicate(timeout=60)
-    assert first.returncode == -signal.SIGKILL
-    out, error = worker(url, log, 6).communicate(timeout=60)
-    assert out.strip() == expected(6), error
-    assert sorted(map(int, log.read_text().split())) == list(range(6))
+    first = start(url, tmp_path, 6, dies_after=4)
+    first.join(timeout=60)
+    assert first.exitcode == -signal.SIGKILL
+    require_done(start(url, tmp_path, 6), tmp_path, 6)
+    assert done(tmp_path) == list(range(6))
 
 
 def opened(url: str, count: int = 2) -> tuple[Any, Any]:
@@ -115,9 +127,7 @@ def test_a_trial_taken_by_one_is_not_taken_by_another(url: str, quiet: None) -> 
     assert [trial and trial.user_attrs["index"] for trial in taken] == [0, 1, None]
 
 
-def test_a_result_that_comes_too_late_has_no_effect(
-    url: str, quiet: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_that_comes_too_late_has_no_effect(url: str, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, study = opened(url, 1)
     late = store.take(storage, study)
     assert late is not None
@@ -152,7 +162,7 @@ def test_a_trial_shows_life_from_the_moment_it_is_taken(url: str, quiet: None, m
 
 def test_u2_2_another_sweeps_storage_is_refused_by_field(url: str, quiet: None) -> None:
     storage, _ = opened(url)
-    with pytest.raises(ResumeMismatchError, match=r"model\.a was 1, is 2: choose another --storage, or pass --overwrite"):
+    with pytest.raises(ResumeMismatchError, match=r"model\.a was 1, is 2: choose another --storage"):
         store.open_study(storage, "test", {"model": {"a": 2}, "seed": 0}, list)
     store.forget(storage, ["test", "never there"])
     store.open_study(storage, "test", {"model": {"a": 2}, "seed": 0}, list)
@@ -182,3 +192,51 @@ def test_optunas_verbosity_is_as_it_was(url: str) -> None:
     assert optuna.logging.get_verbosity() == before
 
 
+@pytest.fixture
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a server of its own, on a socket in a temporary directory, as an unprivileged user."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'burnish[postgresql]'")
+    found = shutil.which("pg_ctl") or next(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), None)
+    if found is None:
+        pytest.skip("no PostgreSQL server binaries on this machine")
+    owner: dict[str, Any] = {}
+    directory = Path(tempfile.mkdtemp(prefix="pg"))  # a socket's path must be short
+    if os.getuid() == 0:  # the server refuses to run as root
+        try:
+            owner = {"user": "nobody"}
+            shutil.chown(directory, "nobody")
+        except (LookupError, PermissionError):
+            pytest.skip("the server needs a user that is not root")
+    programs = Path(found).resolve().parent
+
+    def run(program: str, *arguments: str) -> None:
+        subprocess.run([programs / program, *arguments], check=True, cwd=directory, stdout=subprocess.DEVNULL, **owner)
+
+    data = str(directory / "data")
+    run("initdb", "-D", data, "-U", "burnish", "--auth=trust", "--no-sync")
+    run(
+        "pg_ctl",
+        "-D",
+        data,
+        "-w",
+        "-l",
+        str(directory / "log"),
+        "-o",
+        f"-c listen_addresses='' -k {directory}",
+        "start",
+    )
+    try:
+        yield f"postgresql://burnish@/postgres?host={directory}"
+    finally:
+        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(directory)
+
+
+def test_postgresql_serves_several_workers_and_a_killed_one(postgresql: str, tmp_path: Path) -> None:
+    workers = [start(postgresql, tmp_path, 30, pause=0.02) for _ in range(4)]
+    while len(done(tmp_path)) < 5:
+        time.sleep(0.01)
+    workers[0].kill()
+    for process in workers[1:]:
+        require_done(process, tmp_path, 30)
+    assert sorted(set(done(tmp_path))) == list(range(30)) and len(done(tmp_path)) <= 31

@@ -25,8 +25,8 @@ from burnish.families.streaming import Calibration, StreamedModel, stream
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_BYTES = 6 * CHUNK_BYTES["cpu"]
-"""What one chunk of logits, log-probabilities and their differences holds."""
+LOGITS_BYTES = {"cpu": 2 * 2**20, "cuda": CHUNK_BYTES["cuda"]}
+"""Float32 logits of one chunk: on a CPU they should stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def measure(
 def _per_token(model: PreTrainedModel, teacher: Tensor, student: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and forward KL of each token, from the states [batch, seq, hidden] before the head."""
     head, shape = language_head(model), targets.shape
-    step = max(1, CHUNK_BYTES["cuda" if model.device.type == "cuda" else "cpu"] // (4 * head.linear.weight.shape[0]))
+    chunk_bytes = LOGITS_BYTES["cuda" if model.device.type == "cuda" else "cpu"]
+    step = max(1, chunk_bytes // (4 * head.linear.weight.shape[0]))
     pieces = []
     flat = (student.flatten(0, 1), teacher.flatten(0, 1), targets.flatten())
     for states, references, ids in zip(*(torch.split(tensor, step) for tensor in flat), strict=True):

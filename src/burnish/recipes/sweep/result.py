@@ -174,6 +174,8 @@ def plain(estimate: Estimate) -> dict[str, float | None]:
 
 def _effect(effect: Effect) -> dict[str, Any]:
     found = effect.to_dict()
-    for level in found["levels"]:
-        level["deviation"] = level["deviation"] if math.isfinite(level["deviation"]) else None
-    return found
+    levels = [
+        level | {"deviation": level["deviation"] if math.isfinite(level["deviation"]) else None}
+        for level in found["levels"]
+    ]
+    return found | {"levels": levels}

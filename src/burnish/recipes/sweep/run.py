@@ -35,7 +35,7 @@ from burnish.families import Family, Student, describe_student
 from burnish.recipes.sweep import store
 from burnish.recipes.sweep.finals import Budget, distill_finalist, finals
 from burnish.recipes.sweep.grid import Configuration, distinct, make_grid
-from burnish.recipes.sweep.measure import LOGITS_BYTES, last_hidden_states, load_states, measure, save_states
+from burnish.recipes.sweep.measure import last_hidden_states, load_states, measure, save_states
 from burnish.recipes.sweep.result import FACTORS, Row, SweepResult, plain
 from burnish.recipes.sweep.student import FilledStudent
 from burnish.report import write_report
@@ -529,7 +529,7 @@ def _forecast(job: _Job) -> SweepResult:
         f"{len(job.grid)} configurations: {levels['score']} scores, {levels['grouping']} groupings, {levels['scaling']}"
         f" scalings, keep {keeps}",
         f"students of {', '.join(f'{count:,}' for count in parameters)} parameters; measuring takes about"
-        f" {(weights + states + LOGITS_BYTES) / 1e9:.2f} GB beside the libraries",
+        f" {(weights + states) / 1e9:.2f} GB beside the libraries",
     ]
     if job.stored is None:
         directory = job.out / STATISTICS

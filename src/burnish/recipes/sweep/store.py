@@ -27,6 +27,7 @@ GRACE_SECONDS = 30
 BUSY_SECONDS = 60
 """How long a worker waits for another's transaction on SQLite."""
 UNREACHABLE_SECONDS = 10
+OPENINGS = 10
 
 FINGERPRINT, READY = "fingerprint", "ready"
 
@@ -70,29 +71,38 @@ def open_storage(url: str) -> RDBStorage:
     """
     from optuna.storages import RDBStorage
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
     try:
-        kind = make_url(url).get_backend_name()
+        address = make_url(url)
     except ArgumentError:
         raise ValueError(
             f"storage={url!r}: expected a URL such as sqlite:///sweep.db or postgresql://USER@HOST/DATABASE"
         ) from None
+    kind = address.get_backend_name()
+    if address.drivername == "postgresql":  # which driver that means depends on the version of SQLAlchemy
+        address = address.set(drivername="postgresql+psycopg")
     wait = {"sqlite": {"timeout": BUSY_SECONDS}, "postgresql": {"connect_timeout": UNREACHABLE_SECONDS}}
-    try:
-        storage = RDBStorage(
-            url,
-            {"connect_args": wait.get(kind, {})},
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-            heartbeat_stale_trial_callback=_retry,
-        )
-    except (ImportError, NoSuchModuleError) as error:
-        extra = ": pip install 'burnish[postgresql]'" if kind.startswith("postgres") else ""
-        raise BurnishError(f"{shown_url(url)}: no driver for this database is installed{extra}") from error
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise BurnishError(f"{shown_url(url)}: the storage cannot be opened ({reason})") from error
+    for attempt in range(OPENINGS):
+        try:
+            storage = RDBStorage(
+                address.render_as_string(hide_password=False),
+                {"connect_args": wait.get(kind, {})},
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=_retry,
+            )
+            break
+        except (ImportError, NoSuchModuleError) as error:
+            extra = ": pip install 'burnish[postgresql]'" if kind.startswith("postgres") else ""
+            raise BurnishError(f"{shown_url(url)}: no driver for this database is installed{extra}") from error
+        except SQLAlchemyError as error:
+            made_meanwhile = isinstance(error, IntegrityError) or "already exists" in str(error)
+            if made_meanwhile and attempt + 1 < OPENINGS:  # another worker makes the same tables
+                time.sleep(0.2)
+                continue
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise BurnishError(f"{shown_url(url)}: the storage cannot be opened ({reason})") from error
     if kind == "sqlite":
         _lock_first(storage)
     return storage
@@ -172,7 +182,7 @@ def _require_same(storage: RDBStorage, study: Study, fingerprint: Mapping[str, A
 def _becomes_ready(study: Study) -> bool:
     """Whether all trials are there, soon; False when the worker that adds them has stopped."""
     seen, since = -1, time.monotonic()
-    while not study.user_attrs.get(READY):
+    while READY not in study.user_attrs:
         count = len(study.get_trials(deepcopy=False))
         if count != seen:
             seen, since = count, time.monotonic()
