@@ -94,11 +94,12 @@ def test_u11_inspect_opens_no_socket(offline: str, tiny_model: TinyModel) -> Non
 def test_u11_demo_opens_no_socket_and_writes_a_report(tmp_path: Path) -> None:
     done = burnish("demo", "--out", str(tmp_path / "demo"), code=NO_SOCKETS, env={"HF_HUB_OFFLINE": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("sf-k4", "sf-k8", "do-acp-k4", "do-acp-k8"):
+    for name in ("sf-k4", "sf-k8", "do-acp-k4", "do-acp-k8", "do-acp-k4-distilled"):
         assert name in done.stdout
         assert (tmp_path / "demo" / name / "model.safetensors").exists()
     rows = json.loads((tmp_path / "demo" / "evaluation.json").read_text())["rows"]
-    assert len(rows) == 5
-    teacher, *students = (row["perplexity"]["value"] for row in rows)
-    assert teacher < 30 and all(student > teacher for student in students)  # nothing is distilled yet
+    assert len(rows) == 6
+    teacher, *starts, distilled = (row["perplexity"]["value"] for row in rows)
+    assert teacher < 30 and all(start > 1000 for start in starts)
+    assert teacher < distilled < 300
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()

@@ -47,3 +47,54 @@ def test_two_processes_train_as_one_does(
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (mine, theirs)
     assert json.loads((tmp_path / "both" / "burnish.json").read_text())["training"]["processes"] == 2
     assert not (tmp_path / ".both.partial").exists()
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from types import MethodType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from burnish.distill import LiveTeacher, Objective
+from burnish.distill.trainer import _token_losses
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+def loss(model, rows):
+    ids = torch.randint(4, 96, (4, 16), generator=torch.Generator().manual_seed(0))[rows]
+    live = torch.ones(len(ids), 15, dtype=torch.bool)
+    target = LiveTeacher(load(sys.argv[2])).target({"input_ids": ids}, live, states=False)
+    return model(ids, ids, live, target, Objective())[0]
+
+whole, sharded = load(sys.argv[1]), load(sys.argv[1])
+for model in (whole, sharded):
+    model.forward = MethodType(_token_losses, model)
+for layer in sharded.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+loss(whole, slice(None)).backward()
+rank = dist.get_rank()
+(loss(sharded, slice(2 * rank, 2 * rank + 2)) * 2).backward()  # FSDP averages over the ranks
+for name, parameter in sharded.named_parameters():
+    expected = whole.get_parameter(name).grad
+    error = (parameter.grad.full_tensor() - expected).norm() / expected.norm().clamp(min=1e-9)
+    assert error < 1e-5, (name, float(error))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_of_a_student_sharded_by_fsdp2_are_those_of_the_whole(
+    teacher: Path, student: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "script.py"]
+    done = subprocess.run(
+        [*command, str(student), str(teacher)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -308,11 +308,12 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
 
 
 def _hub(name: str, split: str) -> tuple[int, Callable[[int], Text]]:
-    from datasets import load_dataset
+    import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a counting server even for cached files
     repository, _, config = name.partition(":")
     try:
-        rows = load_dataset(repository, config or None, split=split)
+        rows = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(

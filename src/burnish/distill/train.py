@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import time
@@ -34,12 +33,11 @@ from burnish.distill.stored import StoredLogits, store
 from burnish.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from burnish.distill.trainer import IGNORED, DistillTrainer
 from burnish.errors import OutputError, TrainingError
+from burnish.families.conversion import OWN_FILES, RECORD_FORMAT, now, open_staging
 from burnish.runs import Progress, environment, peak_rss_bytes, ranks, write_json
 from burnish.runs.randomness import random_state_kept
 
-RECORD_FORMAT = "burnish.run/1"
 METRICS_FILE = "metrics.jsonl"
-OWN_FILES = frozenset({"README.md", "burnish.json", "plan.json", METRICS_FILE, "evaluation.json", "report.html"})
 HEAD_PROBE_TOKENS = 16
 
 
@@ -190,7 +188,7 @@ def distill(
     options = {name: value for name, value in locals().items() if name not in ("callbacks", "progress")}
     if progress is None or ranks.rank() != 0:
         progress = Progress(quiet=True)
-    out, started = Path(out), _now()
+    out, started = Path(out), now()
     refuse_existing(out, overwrite=overwrite)
     job = prepare(options)
     require_apart(out, job.student.path)
@@ -200,7 +198,9 @@ def distill(
         return DistillResult(None, record)
     for note in job.notes:
         progress.say(note)
-    staging = _open_staging(job, out, overwrite=overwrite, resume=resume)
+    if ranks.world_size() > 1:
+        PartialState(cpu=job.device.type == "cpu")  # joins the ranks, with the backend that training will use
+    staging = open_staging(out, _fingerprint(job), overwrite=overwrite, resume=resume)
     with staging.explaining("the output"), random_state_kept(), foreign_bars_hidden():
         history = _work(job, staging, record, list(callbacks), progress)
     ranks.wait_for_all()
@@ -252,30 +252,18 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
 
 
-def _open_staging(job: Job, out: Path, *, overwrite: bool, resume: bool) -> Staging:
-    """The work directory beside the output; the first rank opens it, the others follow."""
-    versions = environment()["versions"]
-    assert isinstance(versions, dict)
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """What determines the output."""
     told_elsewhere = ("out", "student", "teacher", "dataset", "teacher_logits")
     without_effect = ("dry_run", "overwrite", "resume", "trust_remote_code")
-    fingerprint = {
-        "options": {key: value for key, value in _plain(job.options).items()
-                    if key not in (*told_elsewhere, *without_effect)},
+    ignored = (*told_elsewhere, *without_effect)
+    return {
+        "options": {key: value for key, value in _plain(job.options).items() if key not in ignored},
         "data": identity(job.options["dataset"]),
         "eval_data": identity(job.options["eval_dataset"]),
         "student": job.student.fingerprint(),
         "teacher": job.teacher.fingerprint() if job.teacher else None,
-        "versions": {name: versions[name] for name in ("burnish", "torch", "transformers")},
-        "world_size": ranks.world_size(),
-    }  # fmt: skip
-    if ranks.world_size() > 1:
-        PartialState(cpu=job.device.type == "cpu")  # joins the ranks, with the backend that training will use
-    if ranks.rank() == 0:
-        staging = Staging(out, fingerprint, overwrite=overwrite, resume=resume)
-        ranks.wait_for_all()
-        return staging
-    ranks.wait_for_all()
-    return Staging(out, fingerprint, overwrite=overwrite)
+    }
 
 
 class _Blocks(Dataset[dict[str, Tensor]]):
@@ -371,10 +359,10 @@ def _work(
             "train": seconds,
             "write": time.perf_counter() - trained,
         }
-        record |= {"finished": _now(), "peak_rss_bytes": peak_rss_bytes()}
+        record |= {"finished": now(), "peak_rss_bytes": peak_rss_bytes()}
         if job.device.type == "cuda":
             record["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-        copied = copy_other_files(job.student, staging, OWN_FILES)
+        copied = copy_other_files(job.student, staging, OWN_FILES - {"config.json"})
         record["files"] = {"copied": copied, "changed": ["README.md"], "dropped": job.student.left_files()}
         (staging.files / "README.md").write_text(model_card(record, front_matter(job.student)), encoding="utf-8")
         write_json(staging.files / "burnish.json", record)
@@ -556,7 +544,3 @@ def _write_student(job: Job, student: PreTrainedModel, state: dict[str, Tensor],
 
 def _exp(nll: float) -> float:
     return math.exp(min(nll, 700.0))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
