@@ -230,9 +230,19 @@ def test_u16_1_the_docs_show_a_valid_recipe_and_name_every_shipped_one(load) -> 
     assert [step.name for step in recipe.steps] == ["densify", "reap", "evaluate", "report"]
     assert recipe.steps[0].options["num_samples"] == 32
     assert re.findall(r"^\| `([a-z][\w-]*)` \|", (docs / "run.md").read_text(), re.M) == [
-        "miniature", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b",
+        "miniature", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b", "against-controls", "against-pruning",
     ]  # fmt: skip
-    assert len(shipped()) == 4
+    assert len(shipped()) == 6
+
+
+@pytest.mark.parametrize("name", ["against-controls", "against-pruning"])
+def test_comparisons_treat_all_students_alike(name: str) -> None:
+    runs = [step.options for step in Recipe.load(name).steps if step.verb == "distill"]
+    assert len(runs) >= 2
+    for options in runs[1:]:
+        assert {k: v for k, v in options.items() if k not in ("student", "teacher")} == {
+            k: v for k, v in runs[0].items() if k not in ("student", "teacher")
+        }
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from burnish.errors import BurnishError
 from burnish.recipes.sweep.effects import main_effects, pareto_front
 from burnish.report import write_report
-from burnish.report.sweep import is_sweep, render_sweep
+from burnish.report.sweep import Evaluated, Final, is_sweep, render_sweep, rungs
 from tests.report.test_page import Page
 
 SCORES, GROUPINGS, KEEPS = ("sf", "do-acp", "ean"), ("weights", "none"), (4, 8)
@@ -123,7 +123,9 @@ def test_headline_says_how_many_and_which_is_best(make: MakeSweep) -> None:
 
 def test_rows_are_ranked_and_a_shared_student_follows_the_one_that_was_measured(make: MakeSweep) -> None:
     html = render_sweep(make())
-    table = html[html.index('<table class="rows">') :]
+    _, best, table = html.split('<table class="rows">')[1:]
+    assert "shared" not in best and best.count('scope="row"') == 9
+    assert best.count("1 more make it") == 3
     cells = re.findall(r"<td>(\S+)</td><td>(\S+)</td><td class=\"n\">(\d+)</td>", table)
     assert len(cells) == 12 and cells[0] == ("sf", "none", "8")
     second = cells.index(("sf", "weights", "4"))
@@ -131,7 +133,7 @@ def test_rows_are_ranked_and_a_shared_student_follows_the_one_that_was_measured(
     assert "<td>sf-weights-k4-uniform</td>" in table
     assert len(re.findall(r'<tr class="shared">', table)) == 3
     ranks = [int(rank) for rank in re.findall(r'<th class="n" scope="row">(\d+)</th>', table)]
-    assert ranks == list(range(1, 13))
+    assert ranks == list(range(1, 10))
 
 
 def test_front_is_marked_and_places_are_logarithmic(make: MakeSweep) -> None:
@@ -175,8 +177,16 @@ def test_effects_are_named_by_size_with_their_shares(make: MakeSweep) -> None:
 
 def test_finals_show_who_went_all_the_way_and_who_stopped(make: MakeSweep) -> None:
     page = Page(render_sweep(make()))
-    assert "KL 0.400 after 2.00 K tokens" in page.words and "stopped at KL 1.30 after 1.00 K tokens" in page.words
+    assert "sf-none-k8-uniform 1.10 0.900 0.400 distilled in full" in page.words
+    assert "do-acp-none-k8-uniform 1.65 1.30 stopped" in page.words
     assert "Finals" not in Page(render_sweep(make(lambda sweep: sweep.update(finals=[])))).words
+
+
+def test_rungs_are_the_powers_of_two_below_the_last() -> None:
+    cell = {"label": "x", "score": "sf", "grouping": "none", "scaling": "uniform", "keep": 4}
+    counts = (1024, 2048, 3072, 4096)
+    final = Final(**cell, complete=True, evaluations=tuple(Evaluated(tokens=n, forward_kl=1.0) for n in counts))
+    assert rungs([final]) == [1024, 2048, 4096] and rungs([]) == []
 
 
 def test_a_student_that_overflows_ranks_last(make: MakeSweep) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,7 +20,7 @@ from burnish.report.records import Estimate, Surroundings, _read
 
 SWEEP, RECORD = "sweep.json", "burnish.json"
 ROWS_OPEN = 20
-"""Rows shown before the fold."""
+"""Different students shown before the fold."""
 
 FACTORS = {"score": "Score", "grouping": "Grouping", "scaling": "Scaling", "keep": "Kept experts"}
 
@@ -85,6 +87,19 @@ class Final(Cell):
 
     complete: bool
     evaluations: tuple[Evaluated, ...]
+
+    @property
+    def at(self) -> dict[int, float | None]:
+        """Held-out KL by tokens."""
+        return {one.tokens: one.forward_kl for one in self.evaluations}
+
+    @property
+    def rank_key(self) -> tuple[int, float]:
+        """Who came farthest first, then the smallest divergence."""
+        if not self.evaluations:
+            return (0, math.inf)
+        last = self.evaluations[-1]
+        return (-last.tokens, math.inf if last.forward_kl is None else last.forward_kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +187,7 @@ def render_sweep(directory: Path) -> str:
         ranked=ranked,
         best=ranked[0],
         different=[row for row in ranked if row.shared_with is None],
+        sharing=Counter(row.shared_with for row in ranked if row.shared_with),
         factors=FACTORS,
         rows_open=ROWS_OPEN,
         text=short(found.evaluation.dataset) if found.evaluation.dataset else "the bundled held-out text",
@@ -182,7 +198,9 @@ def render_sweep(directory: Path) -> str:
         effects=sorted(found.effects, key=lambda effect: -effect.share),
         factor_of=lambda spread: figures.ratio(math.exp(spread)),
         level_mean=lambda level: figures.number(math.exp(level.mean)),
-        course=_course,
+        finals=sorted(found.finals, key=lambda final: final.rank_key),
+        rungs=rungs(found.finals),
+        before={row.label: row.forward_kl for row in found.rows},
     )
 
 
@@ -255,7 +273,7 @@ def level_range(scale: figures.LogScale, level: Level) -> Markup:
     )
 
 
-def _course(final: Final) -> Markup:
-    """Held-out KL of a finalist over its tokens."""
-    points = [(float(one.tokens), math.nan if one.forward_kl is None else one.forward_kl) for one in final.evaluations]
-    return Markup(figures.curve((), points, title=f"held-out KL of {final.label} over tokens"))
+def rungs(finals: Sequence[Final]) -> list[int]:
+    """Token counts at which finalists were compared: those that lie a power of two below the last."""
+    tokens = sorted({one.tokens for final in finals for one in final.evaluations})
+    return [count for count in tokens if tokens[-1] % count == 0 and (tokens[-1] // count).bit_count() == 1]

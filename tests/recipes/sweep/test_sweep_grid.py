@@ -26,6 +26,7 @@ def plan(**changes: object) -> DensifyPlan:
         (4, 32, (4, 7, 12, 20, 32)),
         (2, 4, (2, 3, 4)),
         (2, 2, (2,)),
+        (7, 29, (7, 10, 15, 21, 29)),  # 7 * (29 / 7) is more than 29 in floating point
     ],
 )
 def test_kept_counts_are_in_equal_ratios_from_top_k_to_all(

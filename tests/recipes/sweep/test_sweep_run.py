@@ -140,7 +140,8 @@ def digest(directory: Path) -> dict[str, str]:
 
 
 def small(model: Path, out: Path, text: Path, **changes: Any) -> SweepResult:
-    return sweep(model, out, dataset=str(text), eval_dataset=str(text), **{**SMALL, **TEXT, **changes})
+    texts = {"dataset": str(text), "eval_dataset": str(text)}
+    return sweep(model, out, **{**texts, **SMALL, **TEXT, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +333,24 @@ def test_finals_distil_the_best_and_stop_the_rest(tmp_path: Path) -> None:
     assert again.to_dict() == result.to_dict() and again.best == out / "best"
 
 
+def test_u2_1_killed_in_the_finals_the_same_command_goes_on(workers: Workers, tmp_path: Path) -> None:
+    grid = ["--scores", "ean,sf", "--groupings", "weights", "--scalings", "uniform", "--keeps", "4"]
+    sizes = ["--num-samples", "16", "--max-length", "64", "--eval-samples", "8"]
+    finals = ["--finalists", "2", "--tokens", "4k", "--lr", "1e-3"]
+    arguments = [str(bundled_model()), *grid, *sizes, *finals]
+    code, steps, printed = workers.end(workers.start(*arguments, "--out", str(tmp_path / "whole")))
+    assert code == 0, printed
+    taken = [number for number, step in enumerate(steps) if step == "take"][-2]
+    weights = "best/model.safetensors"
+    for last in ((taken + len(steps)) // 2, len(steps) - 3):
+        out = tmp_path / str(last)
+        code, before, _ = workers.end(workers.start(*arguments, "--out", str(out), last=last))
+        assert code == -signal.SIGKILL and len(before) == last
+        code, _, printed = workers.end(workers.start(*arguments, "--out", str(out)))
+        assert code == 0, f"killed before {steps[last]}: {printed}"
+        assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -343,6 +362,7 @@ def test_finals_distil_the_best_and_stop_the_rest(tmp_path: Path) -> None:
         ({"eval_samples": 0}, "eval_samples=0: expected 1 or more"),
         ({"dtype": "int8"}, "choose auto, float32"),
         ({"storage": "sweep.db"}, "expected a URL"),
+        ({"dataset": "-"}, "reads its text more than once"),
     ],
 )
 def test_u9_2_options_out_of_range_are_refused_first(

@@ -63,6 +63,11 @@ class Final:
         """Held-out KL when it ended."""
         return self.evaluations[-1][1] if self.evaluations else math.inf
 
+    @property
+    def tokens(self) -> int:
+        """Trained on when it ended."""
+        return self.evaluations[-1][0] if self.evaluations else 0
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -160,7 +165,7 @@ class SweepResult:
             for effect in sorted(self.effects(), key=lambda effect: -effect.share)
         ]
         for final in sorted(self.finals, key=lambda final: (not final.complete, final.forward_kl)):
-            ended = "distilled" if final.complete else f"stopped after {final.evaluations[-1][0]:,} tokens"
+            ended = "distilled" if final.complete else f"stopped after {final.tokens:,} tokens"
             lines.append(f"final {final.configuration.label}: {ended}, held-out KL {final.forward_kl:.4f}")
         if self.best is not None:
             lines.append(f"the best of them is {self.best}")

@@ -195,6 +195,9 @@ def _prepare(model: str, out: Path, options: dict[str, Any]) -> _Job:
         raise ValueError(
             f"finalists={options['finalists']} without tokens: say how many to distil each on, such as tokens=1M"
         )
+    for name in ("dataset", "eval_dataset"):
+        if options[name] == "-":
+            raise ValueError(f"{name}='-': a sweep reads its text more than once: give a file")
     if not (out / LOCK).exists():
         refuse_existing(out, overwrite=options["overwrite"])
     subject = Subject.open(model, revision=options["revision"], family=options["family"])
