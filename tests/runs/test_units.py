@@ -14,8 +14,8 @@ from burnish.runs.units import parse_count
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("4B", 4_000_000_000), ("1.5M", 1_500_000), ("300k", 300_000), ("1_246_592", 1_246_592), (7, 7), ("2T", 2 * 10**12)],
-)  # fmt: skip
+    [("4B", 4 * 10**9), ("1.5M", 1_500_000), ("300k", 300_000), ("1_246_592", 1_246_592), (7, 7), ("2T", 2 * 10**12)],
+)
 def test_counts(text: str | int, count: int) -> None:
     assert parse_count(text, "tokens") == count
 

@@ -384,7 +384,7 @@ def _bytes(path: Path) -> bytes:
         raise BurnishError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _read(kind: type[T], path: Path) -> T:
+def read_as(kind: type[T], path: Path) -> T:
     return _parse(TypeAdapter(kind), _bytes(path), str(path))
 
 
@@ -397,10 +397,10 @@ class _Named:
 
 
 def _plan(path: Path) -> DensifyPlan | PrunePlan:
-    named = _read(_Named, path).format
+    named = read_as(_Named, path).format
     if named not in PLANS:
         raise BurnishError(f"{path}: format: {named!r}, expected one of {', '.join(PLANS)}")
-    return _read(PLANS[named], path)
+    return read_as(PLANS[named], path)
 
 
 def _metrics(path: Path) -> tuple[Metrics, ...]:
@@ -409,7 +409,7 @@ def _metrics(path: Path) -> tuple[Metrics, ...]:
 
 
 def _conversion(directory: Path) -> Conversion:
-    record = _read(Record, directory / RECORD)
+    record = read_as(Record, directory / RECORD)
     plan, metrics = directory / PLAN, directory / METRICS
     return Conversion(
         name=directory.resolve().name,
@@ -436,7 +436,7 @@ def read_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise BurnishError(f"{directory} is not a directory: give the directory that burnish wrote")
     record = directory / RECORD
-    if record.exists() and _read(_Named, record).verb != "run":
+    if record.exists() and read_as(_Named, record).verb != "run":
         found = [directory]
     else:
         inside = (path.parent for path in directory.glob(f"*/{RECORD}"))
@@ -446,5 +446,7 @@ def read_run(directory: Path) -> Run:
     return Run(
         name=directory.resolve().name,
         conversions=tuple(map(_conversion, found)),
-        evaluations={path.name: _read(Evaluation, path) for path in sorted(directory.glob(EVALUATIONS), key=_natural)},
+        evaluations={
+            path.name: read_as(Evaluation, path) for path in sorted(directory.glob(EVALUATIONS), key=_natural)
+        },
     )

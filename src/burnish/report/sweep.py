@@ -16,7 +16,7 @@ from pydantic import FiniteFloat
 
 from burnish.report import figures
 from burnish.report.document import fill, short
-from burnish.report.records import Estimate, Surroundings, _read
+from burnish.report.records import Estimate, Surroundings, read_as
 
 SWEEP, RECORD = "sweep.json", "burnish.json"
 ROWS_OPEN = 20
@@ -177,7 +177,7 @@ def render_sweep(directory: Path) -> str:
     Raises:
         BurnishError: a file is missing or malformed; the message names file and key.
     """
-    found, record = _read(Found, directory / SWEEP), _read(SweepRecord, directory / RECORD)
+    found, record = read_as(Found, directory / SWEEP), read_as(SweepRecord, directory / RECORD)
     ranked = found.ranked
     return fill(
         "sweep.html.j2",

@@ -17,7 +17,7 @@ import pytest
 
 from burnish.data import bundled_model
 from burnish.errors import OutputError, ResumeMismatchError
-from burnish.recipes.sweep import SweepResult, sweep
+from burnish.recipes.sweep import SweepResult, store, sweep
 from tests.cli.test_main import NO_SOCKETS, burnish
 from tests.conftest import TinyModel
 
@@ -299,8 +299,16 @@ def test_changed_weights_behind_equal_headers_are_noticed(
         small(model, tmp_path / "b", text_file, **few, keeps=[2], statistics=statistics)
 
 
-def test_finals_distil_the_best_and_stop_the_rest(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_finals_distil_the_best_and_stop_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, left = tmp_path / "out", []
+    finish = store.finish
+
+    def watched(*arguments: Any, pruned: bool = False, **more: Any) -> None:
+        if pruned:
+            left.extend(path for path in (out / "finals").iterdir() if not (path / "student").exists())
+        finish(*arguments, pruned=pruned, **more)
+
+    monkeypatch.setattr(store, "finish", watched)
     options: dict[str, Any] = {
         "scores": ["ean", "sf"],
         "groupings": ["weights"],
@@ -328,7 +336,7 @@ def test_finals_distil_the_best_and_stop_the_rest(tmp_path: Path) -> None:
     assert winner.forward_kl < before.forward_kl.value
     record = json.loads((out / "best" / "burnish.json").read_text())
     assert record["verb"] == "distill" and (out / "best" / "model.safetensors").exists()
-    assert not (out / "finals").exists()
+    assert not (out / "finals").exists() and left == []  # who is stopped leaves nothing, at once
     again = sweep(bundled_model(), out, **options)
     assert again.to_dict() == result.to_dict() and again.best == out / "best"
 
