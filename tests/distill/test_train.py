@@ -164,6 +164,22 @@ def test_u12_2_the_global_state_is_the_same_before_and_after(run: Run, tmp_path:
     assert before[0] == after[0] and torch.equal(before[1], after[1]) and before[2:] == after[2:]
 
 
+def test_every_seed_is_evaluated_on_the_same_text(run: Run, whole: DistillResult, tmp_path: Path) -> None:
+    other = run(tmp_path / "out", seed=5)
+    assert other.history[0] == whole.history[0]  # the start is the same model on the same blocks
+    assert other.history[1]["loss"] != whole.history[1]["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_trains_as_the_cpu_does(run: Run, whole: DistillResult, tmp_path: Path) -> None:
+    found = run(tmp_path / "out", device="cuda", dtype="float32", teacher_dtype="float32")
+    for mine, theirs in zip(found.history, whole.history, strict=True):
+        key = "eval_kl" if "eval_kl" in mine else "loss"
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-2), (mine, theirs)
+    assert found.record["peak_device_bytes"] > 0
+
+
 def test_u11_1_no_network(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("a socket was opened"))
     run(tmp_path / "out", tokens=128)
