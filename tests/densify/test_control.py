@@ -9,6 +9,7 @@ import torch
 
 from burnish.checkpoint import Checkpoint
 from burnish.densify import densify
+from burnish.report import write_report
 from tests.conftest import FAMILIES, TinyModel, logits_of
 
 
@@ -57,6 +58,12 @@ def test_u12_1_same_seed_same_bytes_and_another_seed_others(tiny_model: TinyMode
         densify(moe, tmp_path / name, init="random-ffn", seed=seed)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_a_control_can_be_reported(tiny_model: TinyModel, tmp_path: Path) -> None:
+    densify(tiny_model("qwen3_moe"), tmp_path / "control", init="random-ffn")
+    page = write_report(tmp_path / "control").read_text()
+    assert "a control: random feed-forwards" in page and "random-ffn" in page
 
 
 @pytest.mark.parametrize(

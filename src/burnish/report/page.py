@@ -71,7 +71,7 @@ def description(conversion: Conversion) -> str:
         tokens = record.training.get("tokens")
         teacher = f"distilled from {short(record.teacher.name)}" if record.teacher else "distilled"
         return f"{teacher} over {figures.count(tokens)} tokens" if isinstance(tokens, int) else teacher
-    return record.verb
+    return f"control: {record.options.get('init')}" if record.verb == "densify" else record.verb
 
 
 def headline(run: Run) -> tuple[str, str]:

@@ -411,10 +411,11 @@ def _metrics(path: Path) -> tuple[Metrics, ...]:
 def _conversion(directory: Path) -> Conversion:
     record = read_as(Record, directory / RECORD)
     plan, metrics = directory / PLAN, directory / METRICS
+    control = record.options.get("init", "experts") != "experts"  # random numbers need no decision
     return Conversion(
         name=directory.resolve().name,
         record=record,
-        plan=_plan(plan) if record.verb == "densify" or plan.exists() else None,
+        plan=_plan(plan) if plan.exists() or (record.verb == "densify" and not control) else None,
         metrics=_metrics(metrics) if metrics.exists() else (),
     )
 
