@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,12 @@ def test_the_report_reads_what_evaluate_writes(tmp_path: Path, make_run: Callabl
     assert "quiz acc 5-shot, first 100, chat template, version 1" in shown
     assert "0.400 ± 0.040 −0.100 ± 0.020 worse" in shown
     assert "0.62× slower" in shown
+
+
+def test_a_recipe_that_forks_has_no_headline_numbers_of_its_last_branch(make_recipe: Callable[[], Path]) -> None:
+    directory = make_recipe()
+    shutil.copytree(directory / "02-distill", directory / "03-again")
+    run = read_run(directory)
+    assert not run.steps
+    shown = Page(render(run))
+    assert "3 conversions: densify, distill" in shown.words and "1.29× fewer" not in shown.words

@@ -360,8 +360,10 @@ class Run:
 
     @property
     def steps(self) -> bool:
-        """Whether the conversions follow one another: their directories are numbered."""
-        return len(self.conversions) > 1 and all(re.match(r"\d+-", step.name) for step in self.conversions)
+        """Whether the conversions follow one another: numbered directories and no verb twice, which would be a fork."""
+        verbs = [step.record.verb for step in self.conversions]
+        numbered = all(re.match(r"\d+-", step.name) for step in self.conversions)
+        return len(verbs) > 1 and numbered and len(set(verbs)) == len(verbs)
 
 
 T = TypeVar("T")
