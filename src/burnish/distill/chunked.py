@@ -13,8 +13,8 @@ from torch.nn import functional as F
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(projected states [tokens, vocab], which tokens) -> (loss summed over them, what else to sum [m], no gradient)."""
 
-CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
-"""Float32 logits of one chunk; a divergence holds about six such tensors at a time."""
+CHUNK_BYTES = {"cpu": 152 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits of one chunk; a divergence holds about eight such tensors at a time."""
 
 
 def chunked_loss(
