@@ -52,6 +52,22 @@ def test_all_tokens_stored_give_the_divergence_of_the_live_teacher(teacher: Path
     assert kept[2].sum() < kept[16].sum() < whole.sum()  # merging outcomes can only lower it
 
 
+def test_the_student_is_softened_as_the_stored_teacher_was_and_its_padding_left_out(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """Evaluation asks for temperature 1, which a distribution stored at 2 cannot give: both sides stay at 2."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    batch = {"input_ids": BLOCKS[:1], "row": torch.tensor([0])}
+    live = torch.ones(1, 11, dtype=torch.bool)
+    logits = 3 * torch.randn(11, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([logits, torch.full((11, 16), 5.0)], dim=1)
+    expected = forward_kl(*LiveTeacher(model).target(batch, live, states=False).pair(logits, slice(None), 2.0))
+    source = StoredTeacher(stored(teacher, tmp_path / "logits", best=VOCABULARY, temperature=2.0))
+    for given in (logits, padded):
+        found = forward_kl(*source.target(batch, live, states=False).pair(given, slice(None), 1.0))
+        assert torch.allclose(found, expected, rtol=1e-2)
+
+
 def test_an_interrupted_run_keeps_its_finished_files(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

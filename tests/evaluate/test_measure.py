@@ -8,7 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from burnish.checkpoint import Checkpoint, TensorInfo
 from burnish.evaluate import measure
-from burnish.evaluate.measure import bytes_on_disk, num_parameters, speeds
+from burnish.evaluate.measure import speeds
 
 MIB = 2**20
 
@@ -36,8 +36,8 @@ def test_size_is_read_from_headers():
         for name, (dtype, shape, size) in shapes.items()
     }
     checkpoint = Checkpoint(name="x", path=Path("x"), config={}, tensors=tensors)
-    assert num_parameters(checkpoint) == 12 + 5 + 1
-    assert bytes_on_disk(checkpoint) == 48
+    assert checkpoint.num_parameters == 12 + 5 + 1
+    assert checkpoint.nbytes == 48
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -49,8 +49,8 @@ def test_size_is_that_of_the_loaded_model(tmp_path, tied):
     model = Qwen3ForCausalLM(config).bfloat16()
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    assert num_parameters(checkpoint) == model.num_parameters()
-    assert bytes_on_disk(checkpoint) == 2 * model.num_parameters()
+    assert checkpoint.num_parameters == model.num_parameters()
+    assert checkpoint.nbytes == 2 * model.num_parameters()
     assert checkpoint.bytes_read == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, from the headers; a tied matrix counts once, packed weights as packed."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def info(self, name: str) -> TensorInfo:
         """Type, shape and place of one tensor.

@@ -190,13 +190,9 @@ def _forward_dtype(name: str, device: torch.device) -> str:
 def _forecast(student: Checkpoint, teacher: Checkpoint | None) -> dict[str, int]:
     """Bytes that the student's weights, gradients and two moments take in float32, the teacher as stored, and on disk
     two checkpoints of weights and moments beside the output."""
-    parameters = num_parameters(student)
+    parameters = student.num_parameters
     return {
         "student_bytes": 16 * parameters,
         "teacher_bytes": teacher.nbytes if teacher else 0,
         "disk_bytes": 2 * 12 * parameters + student.nbytes,
     }
-
-
-def num_parameters(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())

@@ -141,7 +141,7 @@ def store(
         advance(len(rows))
     about = {
         "format": FORMAT, "fingerprint": dict(fingerprint), "blocks": num_blocks, "best": best,
-        "temperature": temperature, "tail_mass": mass / tokens,
+        "temperature": temperature, "vocab_size": vocab_size, "tail_mass": mass / tokens,
     }  # fmt: skip
     write_json(staging.files / ABOUT, about)
     staging.publish()

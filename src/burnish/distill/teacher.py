@@ -95,15 +95,20 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class StoredTarget:
-    """A teacher's best tokens: ids `[tokens, k]` and log-probabilities `[tokens, k + 1]`, the last of all others."""
+    """A teacher's best tokens: ids `[tokens, k]` and log-probabilities `[tokens, k + 1]`, the last of all others.
+
+    They were softened by `temperature` and normalised over `vocab_size` tokens when they were written.
+    """
 
     ids: Tensor
     log_p: Tensor
+    temperature: float
+    vocab_size: int
     states: tuple[Tensor, ...] = ()
 
     def pair(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
-        """As `Target.pair`; the stored distribution was softened when it was written."""
-        log_q = (logits / temperature).log_softmax(-1)
+        """As `Target.pair`, but at the stored temperature whatever is asked for: the other one is not known."""
+        log_q = (logits[..., : self.vocab_size] / self.temperature).log_softmax(-1)
         return self.log_p[rows], best_and_rest(log_q, self.ids[rows])
 
 
@@ -128,5 +133,8 @@ class StoredTeacher:
         ids, log_p = self.stored.blocks(batch["row"].tolist())
         chosen = live.cpu()
         return StoredTarget(
-            ids[:, :-1][chosen].long().to(live.device), log_p[:, :-1][chosen].to(live.device, torch.float32)
+            ids[:, :-1][chosen].long().to(live.device),
+            log_p[:, :-1][chosen].to(live.device),
+            self.stored.about["temperature"],
+            self.stored.about["vocab_size"],
         )

@@ -28,7 +28,7 @@ from burnish.data.packed import PackedTokens, identity, pack_tokens
 from burnish.distill.card import model_card
 from burnish.distill.head import require_head
 from burnish.distill.metrics import Advance, Metrics, metric_lines
-from burnish.distill.prepare import OPTIMIZERS, SCHEDULES, Job, num_parameters, prepare
+from burnish.distill.prepare import OPTIMIZERS, SCHEDULES, Job, prepare
 from burnish.distill.stored import StoredLogits, store
 from burnish.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from burnish.distill.trainer import IGNORED, DistillTrainer
@@ -208,7 +208,7 @@ def distill(
 
 
 def _new_record(job: Job, started: str) -> dict[str, Any]:
-    parameters = num_parameters(job.student)
+    parameters = job.student.num_parameters
     architecture = (job.student.config.get("architectures") or ["unknown"])[0]
     told = ("student", "out", "teacher")
     return {
@@ -244,7 +244,7 @@ def _teacher_record(job: Job) -> dict[str, Any]:
     if job.teacher is None:
         assert job.stored is not None
         return {"name": str(job.stored.directory), "parameters": 0, "bytes": 0}
-    return {"name": job.teacher.name, "parameters": num_parameters(job.teacher), "bytes": job.teacher.nbytes}
+    return {"name": job.teacher.name, "parameters": job.teacher.num_parameters, "bytes": job.teacher.nbytes}
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     return {
         "options": {key: value for key, value in _plain(job.options).items() if key not in ignored},
         "data": identity(job.options["dataset"]),
-        "eval_data": identity(job.options["eval_dataset"]),
+        "eval_data": identity(job.options["eval_dataset"]) if job.options["eval_dataset"] else None,
         "student": job.student.fingerprint(),
         "teacher": job.teacher.fingerprint() if job.teacher else None,
     }

@@ -59,8 +59,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
 
     Examples have `input_ids` [seq], `labels` [seq] (IGNORED where nothing is learned) and `row` [], the number of the
     block for a teacher that was stored. The loss is normalised over all tokens of an optimizer step, accumulated and
-    distributed ones included. Evaluation reports `eval_kl`, the forward KL at temperature 1 whatever is trained on, and
-    `eval_nll`, both in nats per token.
+    distributed ones included. Evaluation reports `eval_kl`, the forward KL at temperature 1 whatever is trained on (of
+    a stored teacher: at its temperature, over its outcomes), and `eval_nll`, both in nats per token.
 
     Args:
         model: the student, a causal language model of transformers.

@@ -19,7 +19,7 @@ from burnish.data.vocabulary import shared_vocab_size
 from burnish.evaluate.divergence import forward_kl, top1_agreement
 from burnish.evaluate.estimate import mean_per_token
 from burnish.evaluate.harness import answer, load_tasks
-from burnish.evaluate.measure import Speed, bytes_on_disk, num_parameters, speeds
+from burnish.evaluate.measure import Speed, speeds
 from burnish.evaluate.perplexity import negative_log_likelihood, perplexity, predicted
 from burnish.evaluate.result import Comparison, EvaluateResult, Row
 from burnish.evaluate.tasks import TaskResult, Tasks, task_results
@@ -241,8 +241,8 @@ def _row(i: int, checkpoint: Checkpoint, totals: _Totals, measured: tuple[Speed,
     )
     return Row(
         model=checkpoint.name,
-        num_parameters=num_parameters(checkpoint),
-        bytes_on_disk=bytes_on_disk(checkpoint),
+        num_parameters=checkpoint.num_parameters,
+        bytes_on_disk=checkpoint.nbytes,
         nll=nll,
         perplexity=perplexity(nll),
         comparison=comparison if i else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import statistics
 import threading
 import time
@@ -15,8 +14,6 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from torch import Tensor
-
-from burnish.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,16 +44,6 @@ class Speed:
     decode_ms_per_token: float
     decode_tokens_per_second: float
     peak_memory_bytes: int
-
-
-def num_parameters(checkpoint: Checkpoint) -> int:
-    """Elements of all stored tensors, from the file headers; a tied matrix counts once, packed weights as packed."""
-    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-
-
-def bytes_on_disk(checkpoint: Checkpoint) -> int:
-    """Bytes of all stored tensors, from the file headers."""
-    return sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())
 
 
 @torch.inference_mode()

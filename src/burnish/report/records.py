@@ -387,6 +387,11 @@ def _bytes(path: Path) -> bytes:
 
 
 def read_as(kind: type[T], path: Path) -> T:
+    """A JSON file as a record of this kind.
+
+    Raises:
+        BurnishError: it cannot be read, or is no such record; names file and key.
+    """
     return _parse(TypeAdapter(kind), _bytes(path), str(path))
 
 
