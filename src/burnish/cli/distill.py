@@ -39,9 +39,11 @@ def distill(
         Path | None, typer.Option(help="Store the teacher's best tokens here, or read them.", show_default=False)
     ] = None,
     top_logits: Annotated[int, typer.Option(help="Tokens stored per position.")] = 64,
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd, adafactor, or a name of TrainingArguments.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, amuse, muon, normuon, adamw-schedule-free, ... or a name of TrainingArguments.")
+    ] = "adamw",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
-    schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="auto, cosine, linear or constant.")] = "auto",
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.02,
     weight_decay: Annotated[float, typer.Option(help="Decoupled.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = 1.0,

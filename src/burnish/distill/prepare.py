@@ -15,14 +15,13 @@ from burnish.data.vocabulary import shared_vocab_size
 from burnish.distill.divergence import divergence
 from burnish.distill.stored import StoredLogits
 from burnish.distill.trainer import Objective
+from burnish.optim.training import choose_schedule
 from burnish.runs import choose_device, ranks
 from burnish.runs.units import parse_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 EVALUATIONS = 10
 
@@ -65,6 +64,11 @@ class Job:
         """Blocks that the whole training reads."""
         return self.steps * self.tokens_per_step // int(self.options["max_length"])
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate grows."""
+        return math.ceil(float(self.options["warmup"]) * self.steps)
+
     def teacher_fingerprint(self) -> dict[str, Any]:
         """What stored logits depend on, apart from the tokens."""
         options = self.options
@@ -80,6 +84,7 @@ class Job:
 def prepare(options: dict[str, Any]) -> Job:
     """Check a request; every check that needs only headers, configs, tokenizers and flags is here."""
     _require_in_range(options)
+    options = options | {"schedule": choose_schedule(options["optimizer"], options["schedule"])}
     trust = bool(options["trust_remote_code"])
     objective = Objective(
         divergence(options["loss"]), options["temperature"], options["ce_weight"], options["hidden_weight"]
@@ -145,17 +150,8 @@ def _require_in_range(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]}: expected a number above 0")
     if not 0 <= options["warmup"] < 1:
         raise ValueError(f"warmup={options['warmup']}: expected a share of the steps, from 0 to below 1")
-    if options["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule={options['schedule']!r} is unknown: choose one of {', '.join(SCHEDULES)}")
     if options["report_to"] not in REPORTERS:
         raise ValueError(f"report_to={options['report_to']!r} is unknown: choose one of {', '.join(REPORTERS)}")
-    if options["optimizer"] not in OPTIMIZERS:
-        from transformers.training_args import OptimizerNames
-
-        known = [str(name.value) for name in OptimizerNames]
-        if options["optimizer"] not in known:
-            names = ", ".join([*OPTIMIZERS, *known])
-            raise ValueError(f"optimizer={options['optimizer']!r} is unknown: choose one of {names}")
     parse_size(options["max_shard_size"])
 
 

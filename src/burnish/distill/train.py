@@ -28,12 +28,13 @@ from burnish.data.packed import PackedTokens, identity, pack_tokens
 from burnish.distill.card import model_card
 from burnish.distill.head import require_head
 from burnish.distill.metrics import Advance, Metrics, metric_lines
-from burnish.distill.prepare import OPTIMIZERS, SCHEDULES, Job, prepare
+from burnish.distill.prepare import Job, prepare
 from burnish.distill.stored import StoredLogits, store
 from burnish.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from burnish.distill.trainer import IGNORED, DistillTrainer
 from burnish.errors import OutputError, TrainingError
 from burnish.families.conversion import OWN_FILES, RECORD_FORMAT, now, open_staging
+from burnish.optim.training import trainer_options, training_arguments
 from burnish.runs import Progress, environment, peak_rss_bytes, ranks, write_json
 from burnish.runs.randomness import random_state_kept
 
@@ -109,7 +110,7 @@ def distill(
     top_logits: int = 64,
     optimizer: str = "adamw",
     lr: float = 1e-4,
-    schedule: str = "cosine",
+    schedule: str = "auto",
     warmup: float = 0.02,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
@@ -150,9 +151,11 @@ def distill(
         teacher_top_k: experts per token in the teacher's forward pass (Eq. 6 of the paper); None leaves the router's.
         teacher_logits: directory of stored logits: read where it is there, else written by the teacher first.
         top_logits: tokens stored per position; the rest is one more outcome.
-        optimizer: "adamw", or any name that `TrainingArguments(optim=)` knows.
+        optimizer: "adamw", one of burnish.optim ("amuse", "muon", "normuon", "adamw-schedule-free", ...), or any name
+            that `TrainingArguments(optim=)` knows.
         lr: peak learning rate.
-        schedule: "cosine" (to 0), "linear" (to 0) or "constant", each after a linear warm-up.
+        schedule: "cosine" (to 0), "linear" (to 0) or "constant", each after a linear warm-up; "auto" is cosine, or
+            constant for an optimizer that averages.
         warmup: share of the steps.
         weight_decay: decoupled.
         max_grad_norm: gradients are clipped to it.
@@ -314,6 +317,15 @@ def _work(
     teacher, tail_mass = _load_teacher(job, data, evaluation, progress)
     prepared = time.perf_counter()
     arguments = _arguments(job, staging, evaluation is not None)
+    chosen = trainer_options(
+        job.options["optimizer"],
+        student,
+        lr=job.options["lr"],
+        weight_decay=job.options["weight_decay"],
+        warmup_steps=job.warmup_steps,
+    )
+    if chosen.routing is not None:
+        progress.say(str(chosen.routing))
     trainer = DistillTrainer(
         student,
         teacher,
@@ -321,7 +333,12 @@ def _work(
         args=arguments,
         train_dataset=data,
         eval_dataset=evaluation,
-        callbacks=[*callbacks, Metrics(job.tokens_per_step, staging.files / METRICS_FILE, progress)],
+        callbacks=[
+            *chosen.callbacks,
+            *callbacks,
+            Metrics(job.tokens_per_step, staging.files / METRICS_FILE, progress),
+        ],
+        optimizer_cls_and_kwargs=chosen.optimizer,
     )
     checkpoint = _last_checkpoint(staging.work)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -481,10 +498,8 @@ def _arguments(job: Job, staging: Staging, evaluate: bool) -> TrainingArguments:
         per_device_train_batch_size=options["batch_size"],
         per_device_eval_batch_size=options["batch_size"],
         gradient_accumulation_steps=options["gradient_accumulation"],
-        optim=OPTIMIZERS.get(options["optimizer"], options["optimizer"]),
         learning_rate=options["lr"],
-        lr_scheduler_type=SCHEDULES[options["schedule"]],
-        warmup_steps=math.ceil(options["warmup"] * job.steps),
+        **training_arguments(options["optimizer"], options["schedule"], job.warmup_steps),
         weight_decay=options["weight_decay"],
         max_grad_norm=options["max_grad_norm"],
         bf16=job.dtype == "bfloat16",

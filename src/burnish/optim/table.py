@@ -1,0 +1,87 @@
+"""The optimizers by name: what `--optimizer` offers, and how each is built for a model."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """One optimizer.
+
+    Attributes:
+        home: module and class.
+        description: one line.
+        source: the paper.
+        averaged: the model to evaluate and save is an average; it needs no schedule, and refuses one.
+        matrix_rule: weight matrices are orthogonalised.
+        warmup: it warms up by itself, over `warmup_steps`.
+        least_warmup: steps that it needs at least.
+        options: what a command sets besides lr and weight decay, so that an AdamW user's numbers carry over.
+    """
+
+    home: str
+    description: str
+    source: str
+    averaged: bool = False
+    matrix_rule: bool = False
+    warmup: bool = False
+    least_warmup: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[torch.optim.Optimizer]:
+        """The class."""
+        module, _, name = self.home.partition(":")
+        found: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), name)
+        return found
+
+
+OPTIMIZERS: dict[str, OptimizerInfo] = {
+    "amuse": OptimizerInfo(
+        "burnish.optim.amuse:AMUSE",
+        "Muon without a schedule: the averaged model is usable at every step",
+        "arXiv 2605.22432",
+        averaged=True,
+        matrix_rule=True,
+        warmup=True,
+        least_warmup=2,
+    ),
+    "muon": OptimizerInfo(
+        "burnish.optim.muon:Muon",
+        "orthogonalised momentum for weight matrices, AdamW for the rest",
+        "K. Jordan et al. 2024; arXiv 2502.16982",
+        matrix_rule=True,
+        options={"scale": "match_rms_adamw"},
+    ),
+    "normuon": OptimizerInfo(
+        "burnish.optim.normuon:NorMuon",
+        "Muon whose rows are brought to one length",
+        "arXiv 2510.05491",
+        matrix_rule=True,
+        options={"scale": "match_rms_adamw"},
+    ),
+    "adamw-schedule-free": OptimizerInfo(
+        "burnish.optim.adamw_schedule_free:AdamWScheduleFree",
+        "AdamW without a schedule",
+        "arXiv 2405.15682",
+        averaged=True,
+        warmup=True,
+    ),
+    "radam-schedule-free": OptimizerInfo(
+        "burnish.optim.radam_schedule_free:RAdamScheduleFree",
+        "RAdam without a schedule and without warmup",
+        "arXiv 2405.15682",
+        averaged=True,
+    ),
+    "sgd-schedule-free": OptimizerInfo(
+        "burnish.optim.sgd_schedule_free:SGDScheduleFree",
+        "SGD without a schedule",
+        "arXiv 2405.15682",
+        averaged=True,
+        warmup=True,
+    ),
+}
