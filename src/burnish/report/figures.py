@@ -298,28 +298,49 @@ SHOWN_POINTS = 500
 """A line of more points than this is drawn through their means."""
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a drawing.
+
+    Attributes:
+        kind: class of the style sheet: `train` (faint), `eval` (strong), or `q0` to `q8` of the palette.
+        points: (x, value) in order.
+        dotted: mark each point, with its value under the pointer.
+    """
+
+    kind: str
+    points: Points
+    dotted: bool = False
+
+
 def curve(train: Points, evaluated: Points, *, title: str, unit: str = "tokens") -> str:
-    """A faint line for training, a strong one with dots for evaluations, over tokens: three SVG elements, the labels
-    of the vertical axis, the drawing, and the labels of the horizontal axis.
+    """A faint line for training, a strong one with dots for evaluations, over tokens, as `lines` draws them."""
+    return lines([Line("train", train), Line("eval", evaluated, dotted=True)], title=title, unit=unit)
+
+
+def lines(drawn: Sequence[Line], *, title: str, unit: str, reach: Sequence[float] = ()) -> str:
+    """Lines over a common axis: three SVG elements, the labels of the vertical axis, the drawing, and the labels of the
+    horizontal axis.
 
     The vertical axis is logarithmic where the values are above zero and span more than a factor of ten. Values that are
     not finite are left out, and the line is broken there. The drawing has 1000 units each way and stretches with the
     page, while its strokes do not.
 
     Args:
-        train: (tokens, value) in order.
-        evaluated: the same.
+        drawn: from the one below to the one on top.
         title: what the drawing shows, for readers who cannot see it.
         unit: of the horizontal axis.
+        reach: values that the vertical axis shows in any case; it is then linear.
 
     Raises:
         ValueError: no finite value at all.
     """
-    finite = [point for point in (*train, *evaluated) if math.isfinite(point[1])]
+    finite = [point for line in drawn for point in line.points if math.isfinite(point[1])]
     if not finite:
         raise ValueError("no finite value to draw")
     across = LinearScale(0.0, max(1.0, *(x for x, _ in finite)))
-    up = _value_scale([y for _, y in finite])
+    values = [y for _, y in finite]
+    up = _linear_scale([*values, *reach]) if reach else _value_scale(values)
 
     def place(x: float, y: float) -> str:
         return f"{10 * across.percent(x):g},{1000 - 10 * up.percent(y):g}"
@@ -334,10 +355,10 @@ def curve(train: Points, evaluated: Points, *, title: str, unit: str = "tokens")
                  ' preserveAspectRatio="none">')  # fmt: skip
     for tick in up.ticks():
         parts.append(f'<path class="grid" d="M{place(0, tick)}H1000"/>')
-    for name, points in (("train", thinned(train)), ("eval", evaluated)):
-        for piece in _unbroken(points):
-            parts.append(f'<polyline class="{name}" points="{" ".join(place(x, y) for x, y in piece)}"/>')
-    for x, y in evaluated:
+    for line in drawn:
+        for piece in _unbroken(thinned(line.points)):
+            parts.append(f'<polyline class="{line.kind}" points="{" ".join(place(x, y) for x, y in piece)}"/>')
+    for x, y in (point for line in drawn if line.dotted for point in line.points):
         if math.isfinite(y):
             tip = f"{number(y)} after {count(round(x))} {unit}"
             parts.append(f'<path class="point" d="M{place(x, y)}h0"><title>{escape(tip)}</title></path>')
@@ -403,8 +424,10 @@ def logarithmic(values: Sequence[float]) -> bool:
 
 
 def _value_scale(values: Sequence[float]) -> LinearScale | LogScale:
-    if logarithmic(values):
-        return LogScale.around(values)
+    return LogScale.around(values) if logarithmic(values) else _linear_scale(values)
+
+
+def _linear_scale(values: Sequence[float]) -> LinearScale:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or max(0.1 * abs(high), 0.1)
     return LinearScale(0.0 if 0 <= low < 0.4 * high else low - margin, high + margin)

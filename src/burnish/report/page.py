@@ -13,6 +13,7 @@ from markupsafe import Markup
 from burnish.report import figures
 from burnish.report.comparable import QualityGroup, TaskRow, quality_groups, task_rows
 from burnish.report.document import fill, refuse_existing_page, short, write_page
+from burnish.report.instruments import DRAWINGS, has_instruments_alone, render_instruments
 from burnish.report.records import (
     Conversion,
     DensifyPlan,
@@ -496,6 +497,7 @@ def render(run: Run, *, mix_settings: bool = False) -> str:
         shape_rows=shape_rows,
         worse=worse,
         layers_shown_open=LAYERS_SHOWN_OPEN,
+        **DRAWINGS,
     )
 
 
@@ -505,7 +507,8 @@ def write_report(
     """Write the page of a run, whole or not at all.
 
     Args:
-        run_dir: a run directory, the directory of a recipe, or a directory of run directories.
+        run_dir: a run directory, the directory of a recipe, a directory of run directories, or one of a training of
+            one's own where instruments of `burnish.diagnose` wrote.
         out: the page; `report.html` in the run directory by default.
         overwrite: replace the page if it exists.
         mix_settings: put results of different settings (task and version, shots, templates, tokenizer, seed, limit,
@@ -520,5 +523,10 @@ def write_report(
     """
     page = out if out is not None else run_dir / PAGE
     refuse_existing_page(page, overwrite=overwrite)
-    html = render_sweep(run_dir) if is_sweep(run_dir) else render(read_run(run_dir), mix_settings=mix_settings)
+    if is_sweep(run_dir):
+        html = render_sweep(run_dir)
+    elif has_instruments_alone(run_dir):
+        html = render_instruments(run_dir)
+    else:
+        html = render(read_run(run_dir), mix_settings=mix_settings)
     return write_page(page, html, overwrite=overwrite)

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, FiniteFloat, TypeAdap
 from burnish.errors import BurnishError
 
 RECORD, PLAN, METRICS, EVALUATIONS = "burnish.json", "plan.json", "metrics.jsonl", "evaluation*.json"
+SPECTRUM, SUBSPACE = "spectrum.jsonl", "subspace.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,52 @@ class Metrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterSpectrum:
+    """One line of `spectrum.jsonl`: what one adapter adds to its weight after so many steps.
+
+    `singular_values` descend and include `scale`; `effective_rank` and `growth_variation` (standard deviation of their
+    square roots over the mean) are None where all are zero.
+    """
+
+    step: int
+    adapter: str
+    singular_values: tuple[FiniteFloat, ...]
+    effective_rank: FiniteFloat | None
+    growth_variation: FiniteFloat | None
+    scale: FiniteFloat = 1.0
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.singular_values or min(self.singular_values) < 0:
+            raise ValueError(
+                f"{len(self.singular_values)} singular values of {self.adapter}: expected some, none below 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """One line of `subspace.jsonl`: the top of the Hessian's spectrum, and how gradient and update lie to it.
+
+    The alignments are the shares of a vector's length inside the subspace, `bulk_share` the share of the update's
+    squared length outside of it; None where the vector is zero.
+    """
+
+    step: int
+    eigenvalues: tuple[FiniteFloat, ...]
+    gradient_alignment: FiniteFloat | None
+    update_alignment: FiniteFloat | None
+    bulk_share: FiniteFloat | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruments:
+    """What instruments wrote while a model was trained."""
+
+    spectra: tuple[AdapterSpectrum, ...] = ()
+    subspaces: tuple[Subspace, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A measured value and its standard error; None where it was not a finite number."""
 
@@ -343,6 +390,7 @@ class Conversion:
     record: Record
     plan: DensifyPlan | PrunePlan | None = None
     metrics: tuple[Metrics, ...] = ()
+    instruments: Instruments = field(default_factory=Instruments)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -410,20 +458,35 @@ def _plan(path: Path) -> DensifyPlan | PrunePlan:
     return read_as(PLANS[named], path)
 
 
-def _metrics(path: Path) -> tuple[Metrics, ...]:
-    lines, adapter = enumerate(_bytes(path).splitlines(), start=1), TypeAdapter(Metrics)
+def _lines(kind: type[T], path: Path) -> tuple[T, ...]:
+    """The lines of a file as records of one kind; none where there is no file."""
+    if not path.exists():
+        return ()
+    lines, adapter = enumerate(_bytes(path).splitlines(), start=1), TypeAdapter(kind)
     return tuple(_parse(adapter, line, f"{path} row {row}") for row, line in lines if line.strip())
+
+
+def read_instruments(directory: Path) -> Instruments:
+    """What instruments wrote into a directory, if they did.
+
+    Raises:
+        BurnishError: a line is malformed; names file, row and key.
+    """
+    return Instruments(
+        spectra=_lines(AdapterSpectrum, directory / SPECTRUM), subspaces=_lines(Subspace, directory / SUBSPACE)
+    )
 
 
 def _conversion(directory: Path) -> Conversion:
     record = read_as(Record, directory / RECORD)
-    plan, metrics = directory / PLAN, directory / METRICS
+    plan = directory / PLAN
     control = record.options.get("init", "experts") != "experts"  # random numbers need no decision
     return Conversion(
         name=directory.resolve().name,
         record=record,
         plan=_plan(plan) if plan.exists() or (record.verb == "densify" and not control) else None,
-        metrics=_metrics(metrics) if metrics.exists() else (),
+        metrics=_lines(Metrics, directory / METRICS),
+        instruments=read_instruments(directory),
     )
 
 

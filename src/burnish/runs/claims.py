@@ -10,6 +10,7 @@ import datetime
 import importlib.util
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def load_claims(directory: Path) -> dict[str, list[Claim]]:
         spec = importlib.util.spec_from_file_location(f"claims_{file.stem}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
         if not hasattr(module, "CLAIMS"):
             raise BurnishError(f"{file}: defines no CLAIMS")
