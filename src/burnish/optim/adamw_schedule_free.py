@@ -66,6 +66,8 @@ class AdamWScheduleFree(AveragedOptimizer):
         super().__init__(params, defaults)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        if "betas" in group:
+            group["beta"], group["beta2"] = group.pop("betas")
         super().check_group(group)
         require_number("betas[1]", group["beta2"], low=0, high=1)
         require_number("eps", group["eps"], low=0)

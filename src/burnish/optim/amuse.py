@@ -82,7 +82,7 @@ class AMUSE(AveragedOptimizer):
 
     Source: arXiv 2605.22432 and its code (first released version); the exact inversion and stacks of matrices are ours.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
         >>> optimizer = AMUSE(layer.parameters(), lr=0.01, warmup_steps=10)
@@ -124,7 +124,6 @@ class AMUSE(AveragedOptimizer):
         process_group: ProcessGroup | None = None,
         maximize: bool = False,
     ) -> None:
-        require_number("beta1", beta1, low=0, high=1, open_low=True, open_high=False)
         defaults = {
             "lr": lr,
             "beta1": beta1,
@@ -147,6 +146,7 @@ class AMUSE(AveragedOptimizer):
         super().__init__(params, defaults, process_group=process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        require_number("beta1", group["beta1"], low=0, high=1, open_low=True, open_high=False)
         super().check_group(group)
         check_matrix_group(group)
         if group["warmup_steps"] != int(group["warmup_steps"]) or group["warmup_steps"] < 2:

@@ -58,8 +58,8 @@ def advance(y: Tensors, z: Tensors, direction: Tensors, mix: Mix) -> None:
     keep = mix.beta * (1 - mix.share)
     step = _step(y, z, direction, mix)
     torch._foreach_lerp_(y, z, 1 - keep / (mix.beta if mix.stale else mix.beta_before))
-    torch._foreach_add_(y, step, alpha=keep - 1)
-    torch._foreach_sub_(z, step)
+    torch._foreach_add_(y, step, alpha=mix.lr * (keep - 1))
+    torch._foreach_add_(z, step, alpha=-mix.lr)
 
 
 def advance_stored(parameters: Tensors, z: Tensors, x: Tensors, direction: Tensors, mix: Mix) -> None:
@@ -68,7 +68,7 @@ def advance_stored(parameters: Tensors, z: Tensors, x: Tensors, direction: Tenso
     step = _step(list(y), z, [value.float() for value in direction], mix)
     if mix.stale:
         torch._foreach_lerp_(x, z, 1 - mix.beta_before / mix.beta)
-    torch._foreach_sub_(z, step)
+    torch._foreach_add_(z, step, alpha=-mix.lr)
     torch._foreach_lerp_(x, z, mix.share)
     torch._foreach_copy_(parameters, list(torch._foreach_lerp(z, x, mix.beta)))
 
@@ -112,13 +112,12 @@ def second_moment(gradients: Tensors, moments: Tensors, *, beta2: float, eps: fl
 
 
 def _step(y: Tensors, z: Tensors, direction: Tensors, mix: Mix) -> Tensors:
-    step = list(torch._foreach_mul(direction, mix.lr))
     if mix.decay_y:
         # Decay at y is taken off z first, then z decays by itself.
-        torch._foreach_add_(step, y, alpha=mix.lr * mix.decay_y * (1 - mix.lr * mix.decay_z))
+        direction = list(torch._foreach_add(direction, y, alpha=mix.decay_y * (1 - mix.lr * mix.decay_z)))
     if mix.decay_z:
-        torch._foreach_add_(step, z, alpha=mix.lr * mix.decay_z)
-    return step
+        direction = list(torch._foreach_add(direction, z, alpha=mix.decay_z))
+    return direction
 
 
 class AveragedOptimizer(RoutedOptimizer):
@@ -206,11 +205,15 @@ class AveragedOptimizer(RoutedOptimizer):
         stale = group.get("interpolation") == "official"
         mix = Mix(lr, share, before, beta, *self.decays(group), stale)
         self.move(group, live, mix)
-        if beta != before and not stale:
-            # A tensor without a gradient keeps z and x; its parameters must still be what `beta` says they are.
+        if beta != before:
+            # A tensor without a gradient keeps z and x, and its parameters follow beta; where the released code is
+            # matched the parameters stay, so that x, read off them, follows.
             moved = {id(tensor.parameter) for tensor in live}
             idle = [parameter for parameter in group["params"] if id(parameter) not in moved]
-            self._swap(idle, 1 - beta / before, beta)
+            if not stale:
+                self._swap(idle, 1 - beta / before, beta)
+            for state in (self.state[parameter] for parameter in idle if stale and "x" in self.state[parameter]):
+                local(state["x"]).lerp_(local(state["z"]), 1 - before / beta)
         group["beta"], group["scheduled_lr"] = beta, lr
         group["step"] += 1
 
@@ -247,7 +250,7 @@ class AveragedOptimizer(RoutedOptimizer):
     def averaged(self) -> Iterator[None]:
         """The model to evaluate, save and ship, for the length of a `with` block.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from burnish.optim import SGDScheduleFree
             >>> weight = torch.nn.Parameter(torch.ones(2))

@@ -76,11 +76,13 @@ class RoutedOptimizer(Optimizer):
         super().__init__(cast(Any, params), {**defaults, "algorithm": type(self).__name__})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A process group cannot be copied; a copy of the optimizer works alone until it is given one.
-        self.process_group = None
-        self._reasons = [["" for _ in group["params"]] for group in state["param_groups"]]
-        self._routing = Routing(())
-        self._exchanges = {}
+        # torch comes here for a copy, and for each state that is loaded: only a copy has lost what is no state.
+        if "process_group" not in self.__dict__:
+            # A process group cannot be copied; a copy of the optimizer works alone until it is given one.
+            self.process_group = None
+            self._reasons = [["" for _ in group["params"]] for group in state["param_groups"]]
+            self._routing = Routing(())
+            self._exchanges = {}
         super().__setstate__(state)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -101,15 +103,20 @@ class RoutedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; without `use_muon` its tensors are routed by their dimensions, perhaps into two groups."""
         groups = [param_group]
-        if self.has_matrix_rule and "use_muon" not in param_group:
+        if self.has_matrix_rule and "use_muon" not in param_group and not isinstance(param_group["params"], set):
             tensors = param_group["params"]
             tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
             names = param_group.get("param_names")
             named = list(zip(names, tensors, strict=True)) if names else tensors
             shared = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
             groups = [group | shared for group in route_tensors(named).param_groups()] or [param_group]
-        for group in groups:
-            self._add_group({"use_muon": False, **group})
+        count = len(self.param_groups)
+        try:
+            for group in groups:
+                self._add_group({"use_muon": False, **group})
+        except ValueError:
+            del self.param_groups[count:], self._reasons[count:]
+            raise
 
     def _add_group(self, group: dict[str, Any]) -> None:
         reasons = group.pop("reasons", None)
@@ -117,18 +124,23 @@ class RoutedOptimizer(Optimizer):
             group, reasons = group | {"use_muon": False}, None
         if not group["use_muon"] and "lr" not in group and self.defaults.get("auxiliary_lr") is not None:
             group["lr"] = self.defaults["auxiliary_lr"]
+        self._refuse_second_group(group)
         super().add_param_group(group)
         added = self.param_groups[-1]
-        try:
-            self._check_tensors(added)
-            self.check_group(added)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+        self._check_tensors(added)
+        self.check_group(added)
         default = "its group says so" if self.has_matrix_rule else "the only rule"
         self._reasons.append(reasons or [default] * len(added["params"]))
         for parameter in added["params"]:
             self.state[parameter] = self.create_state(parameter, added)
+
+    def _refuse_second_group(self, group: dict[str, Any]) -> None:
+        taken = {id(tensor): tensor_name(other, position, number) for number, other in enumerate(self.param_groups)
+                 for position, tensor in enumerate(other["params"])}  # fmt: skip
+        tensors = group["params"] if isinstance(group["params"], (list, tuple)) else [group["params"]]
+        for one in tensors:
+            if name := taken.get(id(one[1] if isinstance(one, tuple) else one)):
+                raise ValueError(f"{name} is given again in another group: give each tensor to one group")
 
     def _check_tensors(self, group: dict[str, Any]) -> None:
         seen: set[int] = set()
@@ -267,15 +279,21 @@ class RoutedOptimizer(Optimizer):
                 " optimizer as before, or start without its state"
             )
         self.complete_state()
-        super().load_state_dict(state_dict)
-        # torch casts state to the dtype of the parameter: the float32 average of a bfloat16 tensor would be rounded.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(saved, parameters, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                mine = self.state[parameter].get(key)
-                if isinstance(value, Tensor) and mine is not None and mine.dtype != value.dtype:
-                    self.state[parameter][key] = value.to(mine.device, copy=True)
+        fresh = [dict(self.state[parameter]) for parameter in parameters]
+        for number, mine in zip(saved, fresh, strict=False):
+            if (keys := state_dict["state"].get(number, {}).keys()) != mine.keys():
+                raise ValueError(
+                    f"the state of tensor {number} holds {', '.join(sorted(keys))}, but {', '.join(sorted(mine))} is"
+                    " expected: build the same optimizer for weights of the same dtype as before, or start without it"
+                )
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of the parameter: the float32 average of a bfloat16 tensor would be rounded.
+        for number, parameter, mine in zip(saved, parameters, fresh, strict=True):
+            for key, value in state_dict["state"][number].items():
+                if self.state[parameter][key].dtype != mine[key].dtype:
+                    self.state[parameter][key] = value.to(mine[key], copy=True)
 
 
 def require_number(

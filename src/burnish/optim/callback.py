@@ -48,9 +48,13 @@ class AveragedWeights(TrainerCallback):  # type: ignore[misc]
     """Evaluates, saves and ends with the averaged weights, and trains on with the others.
 
     A checkpoint holds the average and an optimizer state that says so, so that a resume is exact and `from_pretrained`
-    on any checkpoint gives the model to ship.
+    on any checkpoint gives the model to ship. Give it last, after callbacks that ask for a save or an evaluation.
 
-    Example:
+    Raises:
+        TrainingError: there is no averaged optimizer, its average cannot reach the model (see `find_averaged`), or what
+            was saved or evaluated was not the average.
+
+    Examples:
         >>> from transformers import Trainer
         >>> from burnish.optim import AMUSE, split_parameters
         >>> options = {"params": split_parameters(model).param_groups(), "lr": 0.01, "warmup_steps": 500}
@@ -61,7 +65,9 @@ class AveragedWeights(TrainerCallback):  # type: ignore[misc]
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
-        find_averaged(optimizer, options.get("model")).train()
+        found = find_averaged(optimizer, options.get("model"))
+        if args.eval_on_start:  # also where the start is a checkpoint
+            found.eval()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
         find_averaged(optimizer).train()
@@ -73,9 +79,24 @@ class AveragedWeights(TrainerCallback):  # type: ignore[misc]
 
     on_epoch_end = on_step_end
 
+    def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
+        _require_average(optimizer, "saved")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
+        if optimizer is not None:
+            _require_average(optimizer, "evaluated")
+
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **options: Any) -> None:
         found = find_averaged(optimizer)
         if any(group["mode"] == TRAINING for group in found.param_groups):
             if args.load_best_model_at_end:
                 raise TrainingError("the best model was loaded in training mode: save and evaluate at the same steps")
             found.eval()
+
+
+def _require_average(optimizer: Any, done: str) -> None:
+    if any(group["mode"] == TRAINING and group["step"] for group in find_averaged(optimizer).param_groups):
+        raise TrainingError(
+            f"{done} the weights that are being trained, not their average: AveragedWeights must be the last callback,"
+            " and what you evaluate or save by hand belongs inside `with optimizer.averaged():`"
+        )

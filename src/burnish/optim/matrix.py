@@ -76,6 +76,10 @@ def check_matrix_group(group: dict[str, Any]) -> None:
         raise ValueError(f"momentum_form={group['momentum_form']!r}: choose one of {', '.join(MOMENTUM_FORMS)}")
     if group["layout"] not in (None, *LAYOUTS):
         raise ValueError(f"layout={group['layout']!r}: choose one of {', '.join(LAYOUTS)}")
+    if isinstance(group["dtype"], torch.dtype):
+        if not group["dtype"].is_floating_point:
+            raise ValueError(f"dtype={group['dtype']}: choose a floating-point type, or leave it out")
+        group["dtype"] = str(group["dtype"]).removeprefix("torch.")  # distributed checkpoints cannot hold a dtype
     scale_factor(group["scale"], 1, 1)
     if group["orthogonalization"] != "svd":
         iteration(group["orthogonalization"], group["steps"])
@@ -122,7 +126,7 @@ def blocks(batch: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
 def row_shape(shape: Sequence[int], group: dict[str, Any]) -> tuple[int, ...]:
     """Shape of one number for each row (output) of the matrices in a tensor of a shape."""
     if _flattens(shape, group):
-        return (shape[0], *(1 for _ in shape[1:]))
+        return (1, *shape[1:]) if group["transposed"] else (shape[0], *(1 for _ in shape[1:]))
     return (*shape[:-2], 1, shape[-1]) if group["transposed"] else (*shape[:-1], 1)
 
 
@@ -137,13 +141,14 @@ def orthogonalize_blocks(
     shapes = block_shapes(batch.shape[1:], group)
     rows = blocks(statistics, group) if statistics is not None else (None,) * len(shapes)
     for part, row, shape in zip(blocks(batch, group), rows, shapes, strict=True):
-        direction = orthogonalize(
-            part, method=group["orthogonalization"], steps=group["steps"], dtype=batch.dtype, eps=group["eps"]
+        orthogonalize(
+            part, method=group["orthogonalization"], steps=group["steps"], dtype=batch.dtype, eps=group["eps"], out=part
         )
         if normalize is not None and row is not None:
-            direction = normalize(direction, row)
+            part.copy_(normalize(part, row))
         ratio = scale_factor(group["scale"], *shape) / scale_factor(group["scale"], *shapes[0])
-        part.copy_(direction if ratio == 1 else direction * ratio)
+        if ratio != 1:
+            part.mul_(ratio)
 
 
 def momentum_update(
@@ -263,7 +268,8 @@ def _depart(
 
 
 def _dtype(tensor: Live, group: dict[str, Any]) -> torch.dtype:
-    return group["dtype"] or compute_dtype(tensor.data.dtype)
+    chosen: torch.dtype = getattr(torch, group["dtype"]) if group["dtype"] else compute_dtype(tensor.data.dtype)
+    return chosen
 
 
 def _stack(tensors: list[Tensor]) -> Tensor | None:

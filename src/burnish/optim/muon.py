@@ -50,7 +50,7 @@ class Muon(RoutedOptimizer):
 
     Source: K. Jordan et al. (2024); defaults as `torch.optim.Muon`; `match_rms_adamw` from arXiv 2502.16982.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> optimizer = Muon(model.parameters(), lr=0.02)
@@ -102,6 +102,8 @@ class Muon(RoutedOptimizer):
             raise ValueError(f"auxiliary={group['auxiliary']!r}: choose one of {', '.join(AUXILIARY)}")
         if group["auxiliary_lr"] is not None:
             require_number("auxiliary_lr", group["auxiliary_lr"], low=0)
+        if len(group["betas"]) != 2:
+            raise ValueError(f"betas={group['betas']}: expected two numbers")
         for index, beta in enumerate(group["betas"]):
             require_number(f"betas[{index}]", beta, low=0, high=1)
         require_number("auxiliary_eps", group["auxiliary_eps"], low=0)
@@ -132,7 +134,7 @@ class Muon(RoutedOptimizer):
             def move(data: list[Tensor], steps: list[Tensor], length: float = lr * scale) -> None:
                 if cautious:
                     for tensor, step in zip(data, steps, strict=True):
-                        tensor.mul_(torch.where(tensor * step > 0, decay, 1.0))
+                        tensor.addcmul_(tensor, (tensor * step > 0).to(tensor.dtype), value=decay - 1)
                 elif decay != 1:
                     torch._foreach_mul_(data, decay)
                 torch._foreach_add_(data, steps, alpha=-length)

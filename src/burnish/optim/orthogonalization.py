@@ -12,7 +12,9 @@ Dion code; the Gram form after Zhang et al. (2026), restarted where bfloat16 nee
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -60,10 +62,10 @@ def iteration(method: Method = "newton-schulz", steps: int = 5) -> Iteration:
     """
     if method not in get_args(Method) or method == "svd":
         raise ValueError(f"orthogonalization={method!r} is unknown: choose one of {', '.join(get_args(Method))}")
-    if not 1 <= steps < MAX_STEPS:
-        raise ValueError(f"steps={steps}: choose 1..{MAX_STEPS - 1}")
+    if not 1 <= steps < MAX_STEPS or steps != int(steps):
+        raise ValueError(f"steps={steps}: choose a whole number from 1 to {MAX_STEPS - 1}")
     if method == "polar-express":
-        # The last polynomial is the one that is repeated: it is the fixed point of the scheme.
+        # Beyond the table its last row is repeated.
         rows = POLAR_EXPRESS[:steps] + POLAR_EXPRESS[-1:] * (steps - len(POLAR_EXPRESS))
         return Iteration(rows, margin=POLAR_EXPRESS_MARGIN)
     return Iteration((NEWTON_SCHULZ,) * steps, gram=method == "gram")
@@ -76,6 +78,7 @@ def orthogonalize(
     steps: int = 5,
     dtype: torch.dtype | None = None,
     eps: float = 1e-7,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The polar factor U V^T of each matrix U S V^T, nearly ("svd": exactly).
 
@@ -89,6 +92,7 @@ def orthogonalize(
         dtype: of the computation and of the result; bfloat16 for float32, float16 and bfloat16 input, the input's own
             for float64.
         eps: the smallest Frobenius norm to divide by, so that zero stays zero.
+        out: Tensor of the same shape that the result is written to; it may be `matrices` itself.
 
     Returns:
         Tensor [..., m, n] in `dtype`.
@@ -96,7 +100,7 @@ def orthogonalize(
     Raises:
         ValueError: not floating point, fewer than two dimensions, an unknown method, or steps out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> singular = torch.linalg.svdvals(orthogonalize(torch.randn(4, 8, dtype=torch.float64)))
         >>> bool((0.6 < singular).all() and (singular < 1.21).all())
@@ -107,18 +111,28 @@ def orthogonalize(
             f"orthogonalize takes real floating-point matrices [..., m, n]: got {list(matrices.shape)} {matrices.dtype}"
         )
     dtype = dtype or compute_dtype(matrices.dtype)
+    if out is None:
+        out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
     if method == "svd":
-        return exact_polar_factor(matrices).to(dtype)
+        return out.copy_(exact_polar_factor(matrices))
     plan = iteration(method, steps)
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    out = torch.empty(flat.shape, dtype=dtype, device=flat.device)
+    if 2 * max(matrices.shape[-2:]) < 3 * min(matrices.shape[-2:]):
+        # Near a square, steps on the Gram matrix take more products than they save.
+        plan = replace(plan, gram=False)
+    if matrices.ndim != 3:
+        flat = orthogonalize(matrices.unsqueeze(0).flatten(0, -3), method=method, steps=steps, dtype=dtype, eps=eps)
+        return out.copy_(flat.view(matrices.shape))
     if not out.numel():
-        return out.view(matrices.shape)
-    size = max(1, _working_set(flat.device) // (4 * flat[0].numel() * dtype.itemsize))
-    run = _compiled() if flat.is_cuda else _orthogonalize
-    for source, target in zip(torch.split(flat, size), torch.split(out, size), strict=True):
-        target.copy_(run(source.to(dtype), plan, eps))
-    return out.view(matrices.shape)
+        return out
+    # Two at least: a CPU's batched product of one matrix is slower by a fifth.
+    size = max(2, _working_set(matrices.device) // (4 * matrices[0].numel() * dtype.itemsize))
+    run = _form(matrices.device)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    for source, target in zip(torch.split(matrices, size), torch.split(out, size), strict=True):
+        x = source.to(dtype)
+        result = run(x.mT if tall else x, plan, eps)
+        target.copy_(result.mT if tall else result)
+    return out
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -140,16 +154,10 @@ def exact_polar_factor(matrices: Tensor) -> Tensor:
 
 
 def _orthogonalize(x: Tensor, plan: Iteration, eps: float) -> Tensor:
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    """The iteration on x [batch, m, n], m <= n."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x = x / (norm * plan.margin).clamp(min=eps)
-    x = _gram_iterate(x, plan.coefficients) if _gram_pays(x, plan) else _iterate(x, plan.coefficients)
-    return x.mT if tall else x
-
-
-def _gram_pays(x: Tensor, plan: Iteration) -> bool:
-    return plan.gram and 2 * x.shape[-1] >= 3 * x.shape[-2]
+    return (_gram_iterate if plan.gram else _iterate)(x, plan.coefficients)
 
 
 def _iterate(x: Tensor, coefficients: tuple[Quintic, ...]) -> Tensor:
@@ -192,5 +200,14 @@ def _working_set(device: torch.device) -> int:
 
 
 @functools.cache
-def _compiled():  # type: ignore[no-untyped-def]
-    return torch.compile(_orthogonalize, dynamic=True)
+def _form(device: torch.device) -> Callable[[Tensor, Iteration, float], Tensor]:
+    """Compiled on a GPU, where that fuses what lies between the products; plain elsewhere."""
+    if device.type != "cuda":
+        return _orthogonalize
+    compiled = torch.compile(_orthogonalize, dynamic=True)
+    try:
+        compiled(torch.eye(2, device=device).unsqueeze(0), iteration(), 1e-7)
+    except Exception as error:
+        warnings.warn(f"orthogonalize runs uncompiled, somewhat slower: {error}", stacklevel=4)
+        return _orthogonalize
+    return compiled

@@ -119,7 +119,7 @@ class Routing:
         Raises:
             ValueError: a key that the routing itself decides.
 
-        Example:
+        Examples:
             >>> groups = split_parameters(nn.Linear(3, 2)).param_groups(matrix={"lr": 0.02}, auxiliary={"lr": 3e-4})
             >>> [(group["use_muon"], group["lr"], [name for name, _ in group["params"]]) for group in groups]
             [(True, 0.02, ['weight']), (False, 0.0003, ['bias'])]

@@ -31,4 +31,4 @@ def scale_factor(rule: str, rows: int, cols: int) -> float:
     """
     if rule not in SCALES:
         raise ValueError(f"scale={rule!r} is unknown: choose one of {', '.join(SCALES)}")
-    return SCALES[rule](rows, cols)
+    return SCALES[rule](max(rows, 1), max(cols, 1))

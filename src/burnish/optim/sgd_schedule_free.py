@@ -58,5 +58,9 @@ class SGDScheduleFree(AveragedOptimizer):
         }
         super().__init__(params, defaults)
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        group["beta"] = group.pop("momentum", group["beta"])
+        super().check_group(group)
+
     def move(self, group: dict[str, Any], live: list[Live], mix: Mix) -> None:
         sweep_advance(live, mix, lambda gradients: gradients, [tensor.gradient for tensor in live])
