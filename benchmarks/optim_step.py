@@ -186,8 +186,9 @@ def main() -> None:
     bars = {pair: bar for pair, bar in BARS[device.type].items() if set(pair) <= set(arguments.sides)}
     differences = {f"{ours}/{peer}": check_equal(arguments, ours, peer) for ours, peer in bars if ours != "amuse"}
     assert all(value < 2e-2 for value in differences.values()), f"the sides do not take the same step: {differences}"
-    steps = {side: SIDES[side](groups(arguments.shape, device, getattr(torch, arguments.dtype)))
-             for side in arguments.sides}  # fmt: skip
+    # All sides move the same tensors: a copy for each would not fit.
+    found = groups(arguments.shape, device, getattr(torch, arguments.dtype))
+    steps = {side: SIDES[side]([dict(group) for group in found]) for side in arguments.sides}
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {side: [] for side in steps}
@@ -195,6 +196,7 @@ def main() -> None:
         for side in list(steps) if number % 2 == 0 else reversed(steps):
             times[side].append(seconds(steps[side], device))
     steps.clear()
+    del found
     peaks = {}
     for side in () if arguments.dry else arguments.sides:
         command = [sys.executable, __file__, *sys.argv[1:], "--side", side]

@@ -102,7 +102,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: no unit, or not a positive number.
 
-    Example:
+    Examples:
         >>> parse_size("5GB"), parse_size("1.5 MiB")
         (5000000000, 1572864)
     """

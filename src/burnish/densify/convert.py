@@ -109,7 +109,7 @@ def densify(
 
     Source: arXiv 2605.28207, Algorithm 1 as far as it could be reconstructed; distillation follows as a second step.
 
-    Example:
+    Examples:
         >>> from burnish import densify
         >>> densify("Qwen/Qwen3-30B-A3B", "qwen3-dense", score="do-acp")  # doctest: +SKIP
     """

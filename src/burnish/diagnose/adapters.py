@@ -111,7 +111,7 @@ class SpectrumTracker(TrainerCallback):  # type: ignore[misc]
     Raises:
         ValueError: `every` below 1.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, callbacks=[SpectrumTracker(args.output_dir, every=20)]).train()  # doctest: +SKIP
         >>> tracker = SpectrumTracker("run")  # doctest: +SKIP
         >>> tracker.measure(model, step)  # in a loop of one's own  # doctest: +SKIP

@@ -79,7 +79,7 @@ def top_eigenpairs(
     predecessors' public code (`eigsh`, LM). Where we differ: `eigsh` grows its space from one start, which can end
     without the further copies of a repeated eigenvalue; ours from k + 1.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(3, requires_grad=True)
         >>> top_eigenpairs(lambda: (torch.tensor([3.0, 5.0, 1.0]) * x**2).sum() / 2, [x], 2).values.round(decimals=3)
         tensor([5., 3.])

@@ -224,7 +224,7 @@ def descend(
         l2: as in `flow`.
         every: steps between measurements.
 
-    Example:
+    Examples:
         >>> descend(start, lambda both: torch.optim.Adam(both, lr=0.01), steps=300)  # doctest: +SKIP
     """
     a, b = (torch.nn.Parameter(factor.clone()) for factor in (start.a, start.b))

@@ -189,7 +189,7 @@ def hessian_vector_product(loss: Loss, params: Parameters, vector: Tensor | Sequ
         ValueError: as `Hessian`.
         BurnishError: the product is not finite.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> hessian_vector_product(lambda: x[0] ** 2 * x[1], [x], torch.tensor([1.0, 0.0]))
         tensor([4., 2.])

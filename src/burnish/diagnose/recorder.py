@@ -63,7 +63,7 @@ class SubspaceRecorder:
         ValueError: an option out of range, a wrapper around the optimizer, or tensors that it does not hold.
         OutputError: the file of an earlier training is there.
 
-    Example:
+    Examples:
         >>> with SubspaceRecorder(optimizer, loss, model, k=10, every=50, directory="run"):  # doctest: +SKIP
         ...     train()
     """

@@ -31,7 +31,7 @@ def lora_singular_values(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
 
     Source: ours; it takes O((out + in) r^2) where the product alone takes O(out in r).
 
-    Example:
+    Examples:
         >>> lora_singular_values(torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0, 2.0]]))
         tensor([10.], dtype=torch.float64)
     """

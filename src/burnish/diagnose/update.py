@@ -34,7 +34,7 @@ def update_of(
     Raises:
         ValueError: parameters as in `chosen_tensors`.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> x.grad = torch.tensor([1.0, -1.0])
         >>> update_of(torch.optim.SGD([x], lr=0.5, momentum=0.9), [x])

@@ -184,7 +184,7 @@ def distill(
     trained (confirmed by implementers of the paper); optimizer, learning rate, batch and schedule are not known and
     ours.
 
-    Example:
+    Examples:
         >>> from burnish import distill
         >>> distill("qwen3-dense", "qwen3-distilled", teacher="Qwen/Qwen3-30B-A3B", tokens="4B")  # doctest: +SKIP
     """
@@ -334,8 +334,8 @@ def _work(
         train_dataset=data,
         eval_dataset=evaluation,
         callbacks=[
-            *chosen.callbacks,
             *callbacks,
+            *chosen.callbacks,
             Metrics(job.tokens_per_step, staging.files / METRICS_FILE, progress),
         ],
         optimizer_cls_and_kwargs=chosen.optimizer,

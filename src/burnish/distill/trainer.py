@@ -68,7 +68,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         objective: what is minimised.
         options: as `transformers.Trainer`.
 
-    Example:
+    Examples:
         >>> DistillTrainer(student, LiveTeacher(teacher), args=arguments, train_dataset=data).train()  # doctest: +SKIP
     """
 

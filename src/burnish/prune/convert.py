@@ -94,7 +94,7 @@ def prune(
     Source: arXiv 2407.14679 (Minitron): one-shot width and depth pruning by activations; distillation follows as a
     second step.
 
-    Example:
+    Examples:
         >>> from burnish import prune
         >>> prune("Qwen/Qwen3-32B", "qwen3-3b", layers=48, hidden_size=2048)  # doctest: +SKIP
     """

@@ -21,7 +21,7 @@ from burnish.prune.layout import Sizes
 def to_ranges(indices: Iterable[int]) -> str:
     """Ascending indices as ranges.
 
-    Example:
+    Examples:
         >>> to_ranges([0, 1, 2, 3, 4, 5, 9])
         '0-5,9'
     """

@@ -102,7 +102,7 @@ def sizes_for(model: DenseModel, parameters: int) -> Sizes:
 def step_of(size: int, *, largest: int, parts: int) -> int:
     """The largest power of two, up to `largest`, that divides `size` into at least `parts` steps; 1 if there is none.
 
-    Example:
+    Examples:
         >>> step_of(5120, largest=256, parts=8), step_of(128, largest=256, parts=8), step_of(48, largest=64, parts=64)
         (256, 16, 1)
     """

@@ -96,7 +96,7 @@ def run_recipe(
         OutputError: `out` holds something else.
         BurnishError: a verb failed.
 
-    Example:
+    Examples:
         >>> from burnish.recipes import run_recipe
         >>> run_recipe("miniature", "miniature-run", settings=["distill.tokens=100k"])  # doctest: +SKIP
     """

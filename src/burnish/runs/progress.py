@@ -31,7 +31,7 @@ class Progress:
     Attributes:
         note: shown behind the bar or in the next line, such as the current loss.
 
-    Example:
+    Examples:
         >>> with Progress(quiet=True).task("observe", total=2) as advance:
         ...     advance(1)
         ...     advance(1)

@@ -17,7 +17,7 @@ def parse_count(value: int | str, name: str) -> int:
     Raises:
         ValueError: not a positive number.
 
-    Example:
+    Examples:
         >>> parse_count("1.5M", "tokens")
         1500000
     """

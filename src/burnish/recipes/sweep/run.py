@@ -127,7 +127,7 @@ def sweep(
     Source: arXiv 2605.28207, section 4.2: 350 configurations compared before distillation; its five kept counts are
     not known, and the finals are ours.
 
-    Example:
+    Examples:
         >>> from burnish.recipes.sweep import sweep
         >>> sweep("Qwen/Qwen3-30B-A3B", "qwen3-sweep", finalists=4, tokens="10M")  # doctest: +SKIP
     """
