@@ -145,7 +145,9 @@ def orthogonalize_blocks(
             part, method=group["orthogonalization"], steps=group["steps"], dtype=batch.dtype, eps=group["eps"], out=part
         )
         if normalize is not None and row is not None:
-            part.copy_(normalize(part, row))
+            # A few at a time: it takes several float32 copies.
+            for some, statistic in zip(torch.split(part, 8), torch.split(row, 8), strict=True):
+                some.copy_(normalize(some, statistic))
         ratio = scale_factor(group["scale"], *shape) / scale_factor(group["scale"], *shapes[0])
         if ratio != 1:
             part.mul_(ratio)
