@@ -207,7 +207,7 @@ def _form(device: torch.device) -> Callable[[Tensor, Iteration, float], Tensor]:
     compiled = torch.compile(_orthogonalize, dynamic=True)
     try:
         compiled(torch.eye(2, device=device).unsqueeze(0), iteration(), 1e-7)
-    except Exception as error:
+    except RuntimeError as error:
         warnings.warn(f"orthogonalize runs uncompiled, somewhat slower: {error}", stacklevel=4)
         return _orthogonalize
     return compiled
