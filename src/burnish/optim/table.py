@@ -21,7 +21,8 @@ class OptimizerInfo:
         matrix_rule: weight matrices are orthogonalised.
         warmup: it warms up by itself, over `warmup_steps`.
         least_warmup: steps that it needs at least.
-        options: what a command sets besides lr and weight decay, so that an AdamW user's numbers carry over.
+        options: what a command sets besides lr and weight decay: a scale that takes an AdamW user's numbers, a rho that
+            suits a short warmup.
     """
 
     home: str
