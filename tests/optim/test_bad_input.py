@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import TrainingError
-from burnish.optim import AMUSE, AdamWScheduleFree, Muon, NorMuon, RAdamScheduleFree, SGDScheduleFree
+from burnish.optim import AMUSE, AdamWScheduleFree, BlockDiagonal, Muon, NorMuon, RAdamScheduleFree, SGDScheduleFree
 from burnish.optim.averaging import AveragedOptimizer
 
 TABLE: dict[str, Callable[..., Any]] = {
@@ -22,9 +22,10 @@ TABLE: dict[str, Callable[..., Any]] = {
     "SGDScheduleFree": SGDScheduleFree,
     "AdamWScheduleFree": AdamWScheduleFree,
     "RAdamScheduleFree": lambda params, **options: RAdamScheduleFree(params, **({"silent_sgd_phase": False} | options)),
+    "BlockDiagonal": lambda params, **options: BlockDiagonal(params, **({"remainder": "smaller"} | options)),
 }
 MATRIX_RULE = ["Muon", "NorMuon", "AMUSE"]
-AVERAGED = [name for name in TABLE if name not in ("Muon", "NorMuon")]
+AVERAGED = [name for name in TABLE if name not in ("Muon", "NorMuon", "BlockDiagonal")]
 every = pytest.mark.parametrize("name", TABLE)
 averaged = pytest.mark.parametrize("name", AVERAGED)
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from burnish.optim import (
     AMUSE,
     AdamWScheduleFree,
+    BlockDiagonal,
     Muon,
     NorMuon,
+    ProxGen,
     RAdamScheduleFree,
     SGDScheduleFree,
     elementwise,
@@ -25,6 +27,7 @@ from burnish.optim import (
 )
 from burnish.optim.averaging import AveragedOptimizer
 from burnish.optim.base import RoutedOptimizer
+from burnish.penalties import Lq
 from tests.optim.reference import tensors
 
 Make = Callable[..., RoutedOptimizer]
@@ -39,9 +42,15 @@ TABLE: dict[str, Make] = {
         params, **({"lr": 0.02, "weight_decay": 0.1} | options)
     ),
     "RAdamScheduleFree": lambda params, **options: RAdamScheduleFree(params, **({"betas": (0.9, 0.9)} | options)),
+    "ProxGen": lambda params, **options: ProxGen(
+        params, **({"lr": 0.02, "weight_decay": 0.1, "penalty": Lq(0.5, 1e-3)} | options)
+    ),
+    "BlockDiagonal": lambda params, **options: BlockDiagonal(
+        params, **({"lr": 0.02, "weight_decay": 0.1, "block_size": 3, "remainder": "smaller"} | options)
+    ),
 }
 MATRIX_RULE = ["Muon", "NorMuon", "AMUSE"]
-AVERAGED = [name for name in TABLE if name not in ("Muon", "NorMuon")]
+AVERAGED = [name for name in TABLE if name not in ("Muon", "NorMuon", "BlockDiagonal", "ProxGen")]
 every = pytest.mark.parametrize("name", TABLE)
 SHAPES = [(6, 4), (3, 5, 4), (4, 2, 3, 3), (7,), ()]
 
@@ -145,7 +154,7 @@ def test_loading_again_replaces_all_of_the_state(name: str) -> None:
     ("name", "before", "after"),
     [(name, torch.float32, torch.float64) for name in TABLE]
     + [(name, torch.float64, torch.float32) for name in TABLE]
-    + [(name, torch.float32, torch.bfloat16) for name in TABLE if name not in AVERAGED],
+    + [(name, torch.float32, torch.bfloat16) for name in TABLE if name not in (*AVERAGED, "ProxGen")],
 )
 def test_a_state_goes_on_in_another_precision(name: str, before: torch.dtype, after: torch.dtype) -> None:
     """It takes the dtypes that the optimizer has for these weights."""

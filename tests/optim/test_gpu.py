@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from burnish.optim import AMUSE, AdamWScheduleFree, Muon, NorMuon, RAdamScheduleFree, SGDScheduleFree, orthogonalize
+from burnish.optim import (
+    AMUSE,
+    AdamWScheduleFree,
+    MeZOBCD,
+    Muon,
+    NorMuon,
+    RAdamScheduleFree,
+    SGDScheduleFree,
+    orthogonalize,
+)
 from burnish.optim.averaging import AveragedOptimizer
 from burnish.optim.orthogonalization import _orthogonalize, iteration
+from burnish.optim.perturbation import Subspace
+from burnish.optim.trajectory import Trajectory, replay
+from tests.optim.test_mezo import network
 
 SHAPES = ((24, 24), (40, 16), (16, 40), (3, 8, 20), (6, 4, 3, 3), (24,))
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -54,6 +67,23 @@ def test_the_compiled_iteration_equals_the_plain_one_on_a_gpu(method: Any, shape
     plain = orthogonalize(matrices, method=method, dtype=torch.float32)
     compiled = orthogonalize(matrices.cuda(), method=method, dtype=torch.float32).cpu()
     torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-3)  # TF32 products
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"interval": 5}, {"interval": 5, "copy": False}, {"perturbation": Subspace(2, 5)}])
+def test_a_replay_on_a_gpu_is_the_run_bit_for_bit(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    tuned, base = network(dtype).cuda(), network(dtype).cuda()
+    inputs = torch.randn(40, 6, device="cuda", dtype=dtype)
+    optimizer = MeZOBCD(tuned, lr=1e-2, log=tmp_path / "log.jsonl", **options)
+    state = torch.cuda.get_rng_state()
+    for _ in range(30):
+        optimizer.step(lambda: tuned(inputs).float().square().mean())
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    replay(base, Trajectory.read(tmp_path / "log.jsonl"))
+    assert all(torch.equal(*pair) for pair in zip(tuned.parameters(), base.parameters(), strict=True))
+    with pytest.raises(ValueError, match="the closure changed the random state"):
+        optimizer.step(lambda: torch.rand((), device="cuda"))
 
 
 @pytest.mark.parametrize("method", ["newton-schulz", "polar-express", "gram"])

@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 from burnish import optim
 from burnish.optim.averaging import AveragedOptimizer
 from burnish.optim.base import RoutedOptimizer
+from burnish.optim.mezo import MeZO
 from burnish.optim.table import OPTIMIZERS, OptimizerInfo
 
+GRADIENT = [name for name, info in OPTIMIZERS.items() if not info.forward_only]
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
+WITH_GRADIENT = pytest.mark.parametrize("name", GRADIENT)
 SHARED = {"lr": 0.01, "weight_decay": 0.1}
 """What a command sets for all of them."""
 
@@ -41,7 +44,8 @@ def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
 @EACH
 def test_the_class_loads_and_is_public(name: str) -> None:
     cls = OPTIMIZERS[name].load()
-    assert issubclass(cls, RoutedOptimizer) and getattr(optim, cls.__name__) is cls
+    assert issubclass(cls, MeZO if OPTIMIZERS[name].forward_only else RoutedOptimizer)
+    assert getattr(optim, cls.__name__) is cls
     assert cls.__name__.lower() == name.replace("-", "")
     assert OPTIMIZERS[name].description and OPTIMIZERS[name].source
     assert cls.__doc__ is not None and "Args:" in cls.__doc__
@@ -49,10 +53,11 @@ def test_the_class_loads_and_is_public(name: str) -> None:
 
 def test_every_public_optimizer_has_a_row() -> None:
     public = {getattr(optim, name) for name in optim.__all__}
-    assert {cls for cls in public if isinstance(cls, type)} == {info.load() for info in OPTIMIZERS.values()}
+    optimizers = {cls for cls in public if isinstance(cls, type) and issubclass(cls, Optimizer)}
+    assert optimizers == {info.load() for info in OPTIMIZERS.values()}
 
 
-@EACH
+@WITH_GRADIENT
 def test_the_constructor_takes_the_options_of_the_row_and_knows_the_others(name: str) -> None:
     info = OPTIMIZERS[name]
     optimizer = info.load()(toy().parameters(), **options_of(info))
@@ -71,7 +76,7 @@ def test_the_least_warmup_is_the_least(name: str) -> None:
         info.load()(toy().parameters(), **options_of(info, warmup_steps=info.least_warmup - 1))
 
 
-@EACH
+@WITH_GRADIENT
 def test_u7_5_averaged_means_that_the_model_to_keep_is_the_average_of_the_fast_sequence(name: str) -> None:
     info, model = OPTIMIZERS[name], toy()
     optimizer = info.load()(model, **options_of(info))
@@ -94,7 +99,7 @@ def test_u7_5_averaged_means_that_the_model_to_keep_is_the_average_of_the_fast_s
     torch.testing.assert_close(weight.detach(), training, rtol=0, atol=1e-6)
 
 
-@EACH
+@WITH_GRADIENT
 def test_matrix_rule_means_that_a_step_has_full_rank_and_equal_singular_values(name: str) -> None:
     """The gradient has rank 1, plus noise; an orthogonalised step does not."""
     info = OPTIMIZERS[name]
@@ -138,9 +143,10 @@ def test_the_rows_can_be_sent_to_another_process(name: str) -> None:
 
 def table() -> str:
     """The optimizers as docs/optimizers.md shows them."""
-    lines = ["| name | class | what it is | averages | orthogonalises | source |", "|---|---|---|---|---|---|"]
+    lines = ["| name | class | what it is | gradients | averages | orthogonalises | source |", "|" + 7 * "---|"]
     for name, info in OPTIMIZERS.items():
-        signs = " | ".join("yes" if sign else "no" for sign in (info.averaged, info.matrix_rule))
+        facts = (not info.forward_only, info.averaged, info.matrix_rule)
+        signs = " | ".join("yes" if fact else "no" for fact in facts)
         lines.append(f"| `{name}` | `{info.load().__name__}` | {info.description} | {signs} | {info.source} |")
     return "\n".join(lines)
 

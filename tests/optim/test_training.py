@@ -15,10 +15,12 @@ from burnish.optim.training import choose_schedule, trainer_options, training_ar
 from tests.optim.test_callback import equal, model_of, rows, weights_of
 
 AVERAGED = [name for name, info in OPTIMIZERS.items() if info.averaged]
-OTHERS = [name for name in OPTIMIZERS if name not in AVERAGED]
+FORWARD = [name for name, info in OPTIMIZERS.items() if info.forward_only]
+GRADIENT = [name for name in OPTIMIZERS if name not in FORWARD]
+OTHERS = [name for name in GRADIENT if name not in AVERAGED]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", GRADIENT)
 def test_an_optimizer_that_averages_needs_no_schedule_and_refuses_one(name: str) -> None:
     averaged = OPTIMIZERS[name].averaged
     assert choose_schedule(name) == ("constant" if averaged else "cosine")
@@ -29,6 +31,15 @@ def test_an_optimizer_that_averages_needs_no_schedule_and_refuses_one(name: str)
                 choose_schedule(name, schedule)
         else:
             assert choose_schedule(name, schedule) == schedule
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_an_optimizer_of_forward_passes_is_for_verbs_that_can(name: str) -> None:
+    with pytest.raises(ValueError, match=f"optimizer='{name}' takes no gradients: `burnish tune` trains with it"):
+        choose_schedule(name)
+    assert choose_schedule(name, forward_only=True) == "constant"
+    assert choose_schedule(name, "linear", forward_only=True) == "linear"
+    assert choose_schedule("adamw", forward_only=True) == "cosine"
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw_torch_fused", "lion_32bit"])
@@ -59,7 +70,7 @@ def test_warmup_and_schedule_are_the_trainer_s_where_the_optimizer_does_not_aver
         assert training_arguments(name, "constant", 3) == {"lr_scheduler_type": "constant"}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", GRADIENT)
 def test_u7_4_every_tensor_once_matrices_decayed_vectors_not(name: str) -> None:
     model, info = model_of(), OPTIMIZERS[name]
     chosen = trainer_options(name, model, lr=0.03, weight_decay=0.1, warmup_steps=5)
@@ -79,7 +90,8 @@ def test_u7_4_every_tensor_once_matrices_decayed_vectors_not(name: str) -> None:
         if info.warmup:
             assert group["warmup_steps"] == 5
     table = {route.name: route.reason for route in optimizer.routing_table()}
-    assert table["model.embed_tokens.weight"] == ("embedding" if info.matrix_rule else "the only rule")
+    reason = {"proxgen": "no penalty: embedding"}.get(name, "embedding" if info.matrix_rule else "the only rule")
+    assert table["model.embed_tokens.weight"] == reason
     assert (chosen.routing is not None) == info.matrix_rule
     assert [type(one) for one in chosen.callbacks] == ([AveragedWeights] if info.averaged else [])
 
@@ -91,7 +103,7 @@ def test_a_warmup_that_is_too_short_becomes_the_least() -> None:
         assert chosen.optimizer[1].get("warmup_steps") == {"amuse": 2, "radam-schedule-free": None}.get(name, 0)
 
 
-@pytest.mark.parametrize("name", ["adamw", *OPTIMIZERS])
+@pytest.mark.parametrize("name", ["adamw", *GRADIENT])
 def test_a_trainer_trains_with_it_and_ends_with_the_model_to_keep(name: str, tmp_path: Path) -> None:
     model, start = model_of(), weights_of(model_of())
     chosen = trainer_options(name, model, lr=0.003 if name != "sgd-schedule-free" else 1.0, warmup_steps=2)

@@ -21,6 +21,7 @@ class OptimizerInfo:
         matrix_rule: weight matrices are orthogonalised.
         warmup: it warms up by itself, over `warmup_steps`.
         least_warmup: steps that it needs at least.
+        forward_only: it takes a closure that returns a loss, and no gradient.
         options: what a command sets besides lr and weight decay: a scale that takes an AdamW user's numbers, a rho that
             suits a short warmup.
     """
@@ -32,6 +33,7 @@ class OptimizerInfo:
     matrix_rule: bool = False
     warmup: bool = False
     least_warmup: int = 0
+    forward_only: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> type[torch.optim.Optimizer]:
@@ -86,5 +88,29 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         "arXiv 2405.15682",
         averaged=True,
         warmup=True,
+    ),
+    "proxgen": OptimizerInfo(
+        "burnish.optim.proxgen:ProxGen",
+        "AdamW and others with an exact proximal step: weights that are zero or on levels",
+        "arXiv 2007.07484",
+    ),
+    "block-diagonal": OptimizerInfo(
+        "burnish.optim.block_diagonal:BlockDiagonal",
+        "Adam with the full second moment of small blocks of weights",
+        "arXiv 1905.10757",
+        # At each step the decompositions of a language model would take longer than its passes.
+        options={"remainder": "smaller", "update_every": 10},
+    ),
+    "mezo": OptimizerInfo(
+        "burnish.optim.mezo:MeZO",
+        "forward passes only, in the memory of inference",
+        "arXiv 2305.17333",
+        forward_only=True,
+    ),
+    "mezo-bcd": OptimizerInfo(
+        "burnish.optim.mezo_bcd:MeZOBCD",
+        "forward passes only, a block of weights at a time",
+        "arXiv 2501.19099",
+        forward_only=True,
     ),
 }

@@ -34,8 +34,14 @@ class TrainerOptions:
     routing: Routing | None = None
 
 
-def choose_schedule(optimizer: str, schedule: str = "auto") -> str:
-    """The schedule of the learning rate: "auto" is cosine, or constant for an optimizer that averages instead.
+def choose_schedule(optimizer: str, schedule: str = "auto", *, forward_only: bool = False) -> str:
+    """The schedule of the learning rate: "auto" is cosine, or constant for an optimizer that averages instead and for
+    one of forward passes.
+
+    Args:
+        optimizer: name.
+        schedule: "auto", "cosine", "linear" or "constant".
+        forward_only: the verb can train without gradients.
 
     Raises:
         ValueError: the optimizer or the schedule is unknown, or they do not go together.
@@ -47,9 +53,12 @@ def choose_schedule(optimizer: str, schedule: str = "auto") -> str:
         if optimizer not in known:
             names = ", ".join([*TRAINER_OPTIMIZERS, *OPTIMIZERS, *known])
             raise ValueError(f"optimizer={optimizer!r} is unknown: choose one of {names}")
-    averaged = optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].averaged
+    info = OPTIMIZERS.get(optimizer)
+    averaged, gradient_free = (info.averaged, info.forward_only) if info else (False, False)
+    if gradient_free and not forward_only:
+        raise ValueError(f"optimizer={optimizer!r} takes no gradients: `burnish tune` trains with it")
     if schedule == "auto":
-        return "constant" if averaged else "cosine"
+        return "constant" if averaged or gradient_free else "cosine"
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown: choose one of auto, {', '.join(SCHEDULES)}")
     if averaged and schedule != "constant":

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from burnish.optim import AMUSE, AdamWScheduleFree, Muon, NorMuon, RAdamScheduleFree, SGDScheduleFree
+from burnish.optim import AMUSE, AdamWScheduleFree, Muon, NorMuon, ProxGen, RAdamScheduleFree, SGDScheduleFree
 from burnish.optim.base import RoutedOptimizer
 from burnish.optim.exchange import chunk
+from burnish.penalties import GroupLasso, Lq
 
 WIDTH = 6
 
@@ -89,6 +90,10 @@ OPTIMIZERS: dict[str, Build] = {
     "AdamWScheduleFree": lambda model, **shared: AdamWScheduleFree(model, lr=0.01, **AVERAGE),
     "RAdamScheduleFree": lambda model, **shared: RAdamScheduleFree(
         model, lr=0.01, weight_decay=0.1, silent_sgd_phase=False
+    ),
+    "ProxGen, lasso": lambda model, **shared: ProxGen(model, lr=0.01, penalty=Lq(1, 0.002), eps=1e-3),
+    "ProxGen, rows": lambda model, **shared: ProxGen(
+        model, lr=0.1, penalty=GroupLasso(0.05), preconditioner="momentum", weight_decay=0.1
     ),
 }
 
