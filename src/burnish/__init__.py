@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from burnish.distill import distill as distill
     from burnish.evaluate import evaluate as evaluate
     from burnish.prune import prune as prune
+    from burnish.tune import tune as tune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "densify", "distill", "evaluate", "prune"]
+__all__ = ["__version__", "densify", "distill", "evaluate", "prune", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from burnish.data.examples import IGNORED
 from burnish.distill import DistillTrainer, LiveTeacher, Objective, jensen_shannon, reverse_kl
-from burnish.distill.trainer import IGNORED
 from tests.conftest import VOCABULARY, TinyModel
 
 

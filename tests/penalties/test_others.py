@@ -212,3 +212,12 @@ def test_what_the_lasso_leaves_the_count_finds() -> None:
     with torch.no_grad():
         layer.weight.copy_(Lq(1, 0.1).prox(layer.weight))
     assert sparsity(layer).zeros == int((layer.weight == 0).sum()) > 0
+
+
+def test_many_levels_are_found_as_few_are() -> None:
+    x = torch.cat([2 * normal(500), torch.tensor([0.0, 1.0, -1.0, 1 / 15]).double()])
+    for bits in (2, 4, 5, 8):
+        levels = torch.tensor(uniform_levels(bits), dtype=torch.float64)
+        found = Wells(1.0, uniform_levels(bits)).rounded(x)
+        assert bool(torch.isin(found, levels).all())
+        torch.testing.assert_close((found - x).abs(), (x[:, None] - levels).abs().min(1).values, rtol=0, atol=1e-15)

@@ -20,9 +20,11 @@ from burnish.cli.distill import distill
 from burnish.cli.evaluate import evaluate
 from burnish.cli.inspect import inspect
 from burnish.cli.prune import prune
+from burnish.cli.replay import replay
 from burnish.cli.report import report
 from burnish.cli.run import run_recipe
 from burnish.cli.sweep import sweep
+from burnish.cli.tune import tune
 from burnish.errors import BurnishError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,6 +32,8 @@ app.command("inspect")(inspect)
 app.command("densify")(densify)
 app.command("distill")(distill)
 app.command("prune")(prune)
+app.command("tune")(tune)
+app.command("replay")(replay)
 app.command("evaluate")(evaluate)
 app.command("report")(report)
 app.command("run")(run_recipe)

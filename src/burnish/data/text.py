@@ -8,11 +8,11 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import jinja2
 import torch
@@ -24,10 +24,35 @@ from burnish.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("text", "messages")
+Content = TypeVar("Content")
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ACCEPTED = "accepted: a column `text` (a string) or `messages` ([{role, content}])"
 DOCUMENT_END = re.compile(r"^<\|endoftext\|>$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Layout(Generic[Content]):
+    """What the rows of a data set hold.
+
+    Attributes:
+        columns: those that are read.
+        accepted: closes the message about a row that is refused.
+        read: a row, how a message names it and `accepted` -> its content; raises `DataError`.
+        plain: text without columns is read too, and is what standard input holds; otherwise that holds JSON lines.
+    """
+
+    columns: tuple[str, ...]
+    accepted: str
+    read: Callable[[object, str, str], Content]
+    plain: bool = False
+
+
+class Row(NamedTuple, Generic[Content]):
+    """One row: where it comes from (rows count from 1), and what was read."""
+
+    source: str
+    row: int
+    content: Content
 
 
 class Text(NamedTuple):
@@ -92,29 +117,46 @@ def load_texts(
     Raises:
         DataError: nothing is there, or a row is not as described; names file, row and column.
     """
-    name = os.fspath(bundled_text("calibration") if dataset is None else dataset)
+    name = bundled_text("calibration") if dataset is None else dataset
+    empty = True
+    for row in load_rows(name, TEXT, split=split, seed=seed):
+        if not isinstance(row.content, str) or row.content.strip():
+            empty = False
+            yield Text(*row)
+    if empty:
+        raise DataError(f"{name}: no text in it")
+
+
+def load_rows(
+    dataset: str | os.PathLike[str], layout: Layout[Content], *, split: str = "train", seed: int | None = None
+) -> Iterator[Row[Content]]:
+    """The rows of a data set; all rows of files and of standard input are checked before the first is given.
+
+    Args:
+        dataset: as in `load_texts`.
+        layout: what a row holds.
+        split: split of a Hub data set; files have none.
+        seed: shuffle the rows with this seed; None keeps their order.
+
+    Raises:
+        DataError: nothing is there, or a row is not as described; names file, row and column.
+    """
+    name = os.fspath(dataset)
     path = Path(name).expanduser()
-    take: Callable[[int], Text]
+    take: Callable[[int], Row[Content]]
     if name == "-":
-        texts = [Text("stdin", row, _content(value, f"stdin row {row}")) for row, value in _documents(sys.stdin.read())]
-        count, take = len(texts), texts.__getitem__
+        values = _documents(sys.stdin.read()) if layout.plain else _json_lines(sys.stdin, "stdin")
+        rows = [Row("stdin", row, layout.read(value, f"stdin row {row}", layout.accepted)) for row, value in values]
+        count, take = len(rows), rows.__getitem__
     elif path.exists():
-        texts = list(_local(path))
-        count, take = len(texts), texts.__getitem__
+        rows = list(_local(path, layout))
+        count, take = len(rows), rows.__getitem__
     elif path.suffix in READERS or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(f"{name}: no such file or directory")
     else:
-        count, take = _hub(name, split)
+        count, take = _hub(name, split, layout)
     generator = torch.Generator().manual_seed(seed or 0)
-    order = range(count) if seed is None else torch.randperm(count, generator=generator).tolist()
-    empty = True
-    for index in order:
-        text = take(index)
-        if not isinstance(text.content, str) or text.content.strip():
-            empty = False
-            yield text
-    if empty:
-        raise DataError(f"{name}: no text in it")
+    yield from map(take, range(count) if seed is None else torch.randperm(count, generator=generator).tolist())
 
 
 def token_blocks(
@@ -187,8 +229,7 @@ def token_stream(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to put between documents: set one")
-    opening = tokenizer("a")["input_ids"][:1]
-    bos: list[int] = opening if opening == [tokenizer.bos_token_id] else []
+    bos = opening(tokenizer)
     between: list[int] = []
     for text in load_texts(dataset, split=split, seed=seed):
         yield text.source, between + _encode(tokenizer, text, bos)
@@ -198,53 +239,95 @@ def token_stream(
 def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, bos: list[int]) -> list[int]:
     content = text.content
     if not isinstance(content, str):
-        where = f"{text.source} row {text.row}: column 'messages'"
-        if tokenizer.chat_template is None:
-            raise DataError(f"{where} needs a chat template, and the tokenizer has none: give a column `text`")
-        try:
-            # The template writes the special tokens itself.
-            content, bos = tokenizer.apply_chat_template(content, tokenize=False), []
-        except jinja2.TemplateError as error:
-            raise DataError(f"{where} is refused by the tokenizer's chat template ({error})") from error
+        # The template writes the special tokens itself.
+        content, bos = rendered(tokenizer, content, f"{text.source} row {text.row}: column 'messages'"), []
     ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     return bos + ids
 
 
-def _local(path: Path) -> Iterator[Text]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
-    if not files or files[0].suffix not in READERS:
-        raise DataError(f"{path}: expected a file {', '.join(READERS)}, or a directory of such files")
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's beginning-of-text token, where it opens a text with one."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], where: str, **options: Any) -> str:
+    """Messages as the tokenizer's own chat template writes them; options as for `apply_chat_template`.
+
+    Raises:
+        DataError: no template, or one that refuses these messages; opens with `where`.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(f"{where} needs a chat template, and the tokenizer has none: give a column `text`")
+    try:
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        raise DataError(f"{where} is refused by the tokenizer's chat template ({error})") from error
+    return text
+
+
+def _local(path: Path, layout: Layout[Content]) -> Iterator[Row[Content]]:
+    suffixes = [suffix for suffix in READERS if layout.plain or suffix not in PLAIN]
+    files = sorted(file for file in path.rglob("*") if file.suffix in suffixes) if path.is_dir() else [path]
+    if not files or files[0].suffix not in suffixes:
+        raise DataError(f"{path}: expected a file {', '.join(suffixes)}, or a directory of such files")
     for file in files:
         source = file.relative_to(path).as_posix() if path.is_dir() else file.name
         try:
-            for row, value in READERS[file.suffix](file):
-                yield Text(source, row, _content(value, f"{file} row {row}"))
+            for row, value in READERS[file.suffix](file, layout.columns):
+                yield Row(source, row, layout.read(value, f"{file} row {row}", layout.accepted))
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise DataError(f"{file}: cannot be read as {file.suffix} ({reason}); {ACCEPTED}") from error
+            raise DataError(f"{file}: cannot be read as {file.suffix} ({reason}); {layout.accepted}") from error
 
 
-def _content(row: object, where: str) -> str | list[dict[str, Any]]:
+def _content(row: object, where: str, accepted: str) -> str | list[dict[str, Any]]:
+    columns = columns_of(row, where, accepted)
+    if "text" in columns:
+        return string(columns, "text", where, accepted)
+    if "messages" not in columns:
+        raise DataError(f"{where}: found the columns {', '.join(map(repr, columns)) or 'none'}; {accepted}")
+    return messages(columns, "messages", where, accepted)
+
+
+TEXT = Layout(
+    ("text", "messages"),
+    "accepted: a column `text` (a string) or `messages` ([{role, content}])",
+    _content,
+    plain=True,
+)
+
+
+def columns_of(row: object, where: str, accepted: str) -> Mapping[str, Any]:
+    """A row that is an object."""
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: found {_shown(row)}, expected an object; {ACCEPTED}")
-    if "text" in row:
-        if not isinstance(row["text"], str):
-            raise DataError(f"{where}: column 'text' is {_shown(row['text'])}, expected a string; {ACCEPTED}")
-        return row["text"]
-    if "messages" not in row:
-        raise DataError(f"{where}: found the columns {', '.join(map(repr, row)) or 'none'}; {ACCEPTED}")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: column 'messages' is {_shown(messages)}, expected a list; {ACCEPTED}")
-    for item, message in enumerate(messages, start=1):
+        raise DataError(f"{where}: found {shown(row)}, expected an object; {accepted}")
+    return row
+
+
+def string(columns: Mapping[str, Any], name: str, where: str, accepted: str) -> str:
+    """A column that holds a string."""
+    value = columns[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: column {name!r} is {shown(value)}, expected a string; {accepted}")
+    return value
+
+
+def messages(columns: Mapping[str, Any], name: str, where: str, accepted: str) -> list[dict[str, Any]]:
+    """A column that holds chat messages."""
+    value = columns[name]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: column {name!r} is {shown(value)}, expected a list; {accepted}")
+    for item, message in enumerate(value, start=1):
         good = isinstance(message, Mapping) and message.get("role") in ROLES
-        if not good or not isinstance(message.get("content"), str):
+        if not good or not (isinstance(message.get("content"), str) or message.get("tool_calls")):
             expected = f"a role of {', '.join(ROLES)} and a content that is a string"
-            raise DataError(f"{where}: column 'messages' item {item} is {_shown(message)}, expected {expected}")
-    return messages
+            raise DataError(f"{where}: column {name!r} item {item} is {shown(message)}, expected {expected}")
+    return value
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Type and beginning of a value, for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
@@ -254,28 +337,32 @@ def _documents(text: str) -> Iterator[tuple[int, object]]:
         yield row, {"text": document.strip("\n")}
 
 
-def _plain_rows(file: Path) -> Iterator[tuple[int, object]]:
+def _plain_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, object]]:
     yield from _documents(file.read_text(encoding="utf-8-sig"))
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
+def _json_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, object]]:
     rows = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
         raise ValueError("expected an array of objects; one object a line belongs into a .jsonl file")
     yield from enumerate(rows, start=1)
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[int, object]]:
+def _jsonl_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, object]]:
     with file.open(encoding="utf-8-sig") as lines:
-        for row, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield row, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{file} row {row}: not JSON at column {error.colno} ({error.msg})") from error
+        yield from _json_lines(lines, str(file))
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, object]]:
+def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
+    for row, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield row, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{name} row {row}: not JSON at column {error.colno} ({error.msg})") from error
+
+
+def _csv_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, object]]:
     import pyarrow
     from pyarrow import csv
 
@@ -284,20 +371,20 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, object]]:
         file,
         read_options=csv.ReadOptions(use_threads=False, block_size=max(file.stat().st_size, 1)),
         parse_options=csv.ParseOptions(newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pyarrow.string())),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string())),
     )
     yield from enumerate(table.to_pylist(), start=1)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
+def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, object]]:
     from pyarrow import parquet
 
     names = parquet.read_schema(file).names
-    columns = [name for name in COLUMNS if name in names] or names
-    yield from enumerate(parquet.read_table(file, columns=columns).to_pylist(), start=1)
+    known = [name for name in columns if name in names] or names
+    yield from enumerate(parquet.read_table(file, columns=known).to_pylist(), start=1)
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
+READERS: dict[str, Callable[[Path, tuple[str, ...]], Iterator[tuple[int, object]]]] = {
     ".txt": _plain_rows,
     ".md": _plain_rows,
     ".json": _json_rows,
@@ -305,9 +392,10 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
 }
+PLAIN = (".txt", ".md")
 
 
-def _hub(name: str, split: str) -> tuple[int, Callable[[int], Text]]:
+def _hub(name: str, split: str, layout: Layout[Content]) -> tuple[int, Callable[[int], Row[Content]]]:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a counting server even for cached files
@@ -320,4 +408,4 @@ def _hub(name: str, split: str) -> tuple[int, Callable[[int], Text]]:
             f"{name}: no such file, and split {split!r} of a data set of this name cannot be loaded ({reason});"
             f" fetch it where there is a network: hf download --repo-type dataset {repository}"
         ) from error
-    return len(rows), lambda i: Text(name, i + 1, _content(rows[i], f"{name} row {i + 1}"))
+    return len(rows), lambda i: Row(name, i + 1, layout.read(rows[i], f"{name} row {i + 1}", layout.accepted))

@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from burnish.diagnose.adapters import SpectrumTracker as SpectrumTracker
     from burnish.diagnose.adapters import adapter_spectra as adapter_spectra
+    from burnish.diagnose.directions import Alignment as Alignment
+    from burnish.diagnose.directions import covariance_alignment as covariance_alignment
+    from burnish.diagnose.directions import expected_alignment as expected_alignment
+    from burnish.diagnose.directions import intrinsic_dimension as intrinsic_dimension
+    from burnish.diagnose.directions import quadratic_course as quadratic_course
+    from burnish.diagnose.directions import sampled_alignment as sampled_alignment
+    from burnish.diagnose.directions import stable_rank as stable_rank
+    from burnish.diagnose.directions import subspace_share as subspace_share
     from burnish.diagnose.eigenpairs import Eigenpairs as Eigenpairs
     from burnish.diagnose.eigenpairs import top_eigenpairs as top_eigenpairs
     from burnish.diagnose.factors import Factorization as Factorization
@@ -48,6 +56,14 @@ NAMES = {
     "Trajectory": "factors",
     "descend": "factors",
     "flow": "factors",
+    "Alignment": "directions",
+    "covariance_alignment": "directions",
+    "expected_alignment": "directions",
+    "intrinsic_dimension": "directions",
+    "quadratic_course": "directions",
+    "sampled_alignment": "directions",
+    "stable_rank": "directions",
+    "subspace_share": "directions",
     "Eigenpairs": "eigenpairs",
     "top_eigenpairs": "eigenpairs",
     "hessian_vector_product": "hessian",

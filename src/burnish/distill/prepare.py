@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from burnish.checkpoint import Checkpoint, parse_size
+from burnish.checkpoint import Checkpoint
 from burnish.checkpoint.load import load_config, load_tokenizer
 from burnish.data.vocabulary import shared_vocab_size
 from burnish.distill.divergence import divergence
@@ -18,12 +18,10 @@ from burnish.distill.trainer import Objective
 from burnish.optim.training import choose_schedule
 from burnish.runs import choose_device, ranks
 from burnish.runs.units import parse_count
+from burnish.training.options import EVALUATIONS, forward_dtype, require_in_range, require_length, training_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-REPORTERS = ("none", "tensorboard", "wandb", "trackio")
-EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Job:
 
 def prepare(options: dict[str, Any]) -> Job:
     """Check a request; every check that needs only headers, configs, tokenizers and flags is here."""
-    _require_in_range(options)
+    require_in_range(options, counts=("batch_size", "gradient_accumulation", "eval_samples", "top_logits"))
     options = options | {"schedule": choose_schedule(options["optimizer"], options["schedule"])}
     trust = bool(options["trust_remote_code"])
     objective = Objective(
@@ -91,9 +89,7 @@ def prepare(options: dict[str, Any]) -> Job:
     )
     student = Checkpoint.open(options["student"])
     config, tokenizer = load_config(student, trust_remote_code=trust), load_tokenizer(student, trust_remote_code=trust)
-    longest = getattr(config, "max_position_embeddings", None) or options["max_length"]
-    if options["max_length"] > longest:
-        raise ValueError(f"max_length={options['max_length']} but {student.name} has {longest} positions")
+    require_length(student.name, config, options["max_length"])
     logits = Path(options["teacher_logits"]) if options["teacher_logits"] is not None else None
     there = logits is not None and logits.is_dir()
     if options["teacher"] is None and not there:
@@ -128,7 +124,7 @@ def prepare(options: dict[str, Any]) -> Job:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         device=device,
-        dtype=_forward_dtype(options["dtype"], device),
+        dtype=forward_dtype(options["dtype"], device),
         objective=objective,
         steps=steps,
         tokens_per_step=per_step,
@@ -138,21 +134,6 @@ def prepare(options: dict[str, Any]) -> Job:
         notes=notes,
         forecast=_forecast(student, None if there else teacher),
     )
-
-
-def _require_in_range(options: dict[str, Any]) -> None:
-    for name in ("max_length", "batch_size", "gradient_accumulation", "eval_samples", "top_logits"):
-        least = 2 if name == "max_length" else 1
-        if options[name] < least:
-            raise ValueError(f"{name}={options[name]}: expected {least} or more")
-    for name in ("lr", "max_grad_norm"):
-        if not 0 < options[name] < math.inf:
-            raise ValueError(f"{name}={options[name]}: expected a number above 0")
-    if not 0 <= options["warmup"] < 1:
-        raise ValueError(f"warmup={options['warmup']}: expected a share of the steps, from 0 to below 1")
-    if options["report_to"] not in REPORTERS:
-        raise ValueError(f"report_to={options['report_to']!r} is unknown: choose one of {', '.join(REPORTERS)}")
-    parse_size(options["max_shard_size"])
 
 
 def _require_routing(teacher: Checkpoint, config: Any, top_k: int | None) -> None:
@@ -175,20 +156,11 @@ def _steps(tokens: int | str | None, name: str, tokens_per_step: int, steps: int
     return max(1, round(parse_count(tokens, name) / tokens_per_step))
 
 
-def _forward_dtype(name: str, device: torch.device) -> str:
-    if name not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={name!r}: choose auto, float32, bfloat16 or float16")
-    if name != "auto":
-        return name
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-
-
 def _forecast(student: Checkpoint, teacher: Checkpoint | None) -> dict[str, int]:
-    """Bytes that the student's weights, gradients and two moments take in float32, the teacher as stored, and on disk
-    two checkpoints of weights and moments beside the output."""
-    parameters = student.num_parameters
+    """Bytes of a training of the whole student, with the teacher as stored."""
+    needed = training_bytes(student.num_parameters, student.nbytes)
     return {
-        "student_bytes": 16 * parameters,
+        "student_bytes": needed["memory_bytes"],
         "teacher_bytes": teacher.nbytes if teacher else 0,
-        "disk_bytes": 2 * 12 * parameters + student.nbytes,
+        "disk_bytes": needed["disk_bytes"],
     }

@@ -16,9 +16,9 @@ from torch import Tensor
 from burnish.checkpoint import Staging
 from burnish.checkpoint.staging import differences, hash_file
 from burnish.distill.divergence import LOG_ZERO, best_and_rest
-from burnish.distill.head import decoder, language_head
 from burnish.errors import CheckpointError, ResumeMismatchError
 from burnish.runs import write_json
+from burnish.training.head import decoder, language_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

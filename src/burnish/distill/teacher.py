@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from burnish.distill.divergence import LOG_ZERO, best_and_rest
-from burnish.distill.head import LanguageHead, decoder, language_head
+from burnish.training.head import LanguageHead, decoder, language_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

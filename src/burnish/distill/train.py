@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
@@ -15,30 +14,30 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from burnish.checkpoint import Checkpoint, Staging, copy_other_files, parse_size
-from burnish.checkpoint.card import front_matter
+from burnish.checkpoint import Staging
 from burnish.checkpoint.load import foreign_bars_hidden, load_model
 from burnish.checkpoint.staging import refuse_existing, require_apart
-from burnish.checkpoint.tensors import FLOATING, torch_dtype
 from burnish.checkpoint.write import require_disk_space
 from burnish.data import TokenBlocks, bundled_text, token_blocks
+from burnish.data.examples import IGNORED
 from burnish.data.packed import PackedTokens, identity, pack_tokens
 from burnish.distill.card import model_card
-from burnish.distill.head import require_head
-from burnish.distill.metrics import Advance, Metrics, metric_lines
 from burnish.distill.prepare import Job, prepare
 from burnish.distill.stored import StoredLogits, store
 from burnish.distill.teacher import LiveTeacher, StoredTeacher, Teacher
-from burnish.distill.trainer import IGNORED, DistillTrainer
-from burnish.errors import OutputError, TrainingError
-from burnish.families.conversion import OWN_FILES, RECORD_FORMAT, now, open_staging
-from burnish.optim.training import trainer_options, training_arguments
-from burnish.runs import Progress, environment, peak_rss_bytes, ranks, write_json
+from burnish.distill.trainer import DistillTrainer
+from burnish.families.conversion import RECORD_FORMAT, now, open_staging
+from burnish.optim.training import trainer_options
+from burnish.runs import Progress, environment, ranks
 from burnish.runs.randomness import random_state_kept
+from burnish.training.course import METRICS_FILE, Course, Metrics
+from burnish.training.fit import arguments, fit
+from burnish.training.head import require_head
+from burnish.training.options import plain
+from burnish.training.output import described, finish, perplexity, write_weights
 
-METRICS_FILE = "metrics.jsonl"
 HEAD_PROBE_TOKENS = 16
 
 
@@ -74,7 +73,7 @@ class DistillResult:
         if first and last:
             lines.append(
                 f"held-out KL {first['eval_kl']:.4f} -> {last['eval_kl']:.4f}, perplexity"
-                f" {_exp(first['eval_nll']):,.1f} -> {_exp(last['eval_nll']):,.1f}"
+                f" {perplexity(first['eval_nll']):,.1f} -> {perplexity(last['eval_nll']):,.1f}"
             )
         lines.append(
             f"train {self.record['seconds']['train']:.1f} s, {training['tokens_per_second']:,.0f} tokens/s; peak memory"
@@ -211,24 +210,15 @@ def distill(
 
 
 def _new_record(job: Job, started: str) -> dict[str, Any]:
-    parameters = job.student.num_parameters
-    architecture = (job.student.config.get("architectures") or ["unknown"])[0]
-    told = ("student", "out", "teacher")
+    source, told = described(job.student), ("student", "out", "teacher")
     return {
         "format": RECORD_FORMAT,
         "verb": "distill",
         "started": started,
-        "options": {key: value for key, value in _plain(job.options).items() if key not in told},
-        "source": {
-            "name": job.student.name,
-            "family": job.student.config.get("model_type", "unknown"),
-            "model_type": job.student.config.get("model_type", "unknown"),
-            "architecture": architecture,
-            "parameters": parameters,
-            "bytes": job.student.nbytes,
-        },
+        "options": {key: value for key, value in plain(job.options).items() if key not in told},
+        "source": source,
         "teacher": _teacher_record(job),
-        "output": {"architecture": architecture, "parameters": parameters, "bytes": job.student.nbytes},
+        "output": {key: source[key] for key in ("architecture", "parameters", "bytes")},
         "training": {
             "tokens": job.steps * job.tokens_per_step,
             "steps": job.steps,
@@ -250,18 +240,13 @@ def _teacher_record(job: Job) -> dict[str, Any]:
     return {"name": job.teacher.name, "parameters": job.teacher.num_parameters, "bytes": job.teacher.nbytes}
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as JSON has them."""
-    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
-
-
 def _fingerprint(job: Job) -> dict[str, Any]:
     """What determines the output."""
     told_elsewhere = ("out", "student", "teacher", "dataset", "teacher_logits")
     without_effect = ("dry_run", "overwrite", "resume", "trust_remote_code")
     ignored = (*told_elsewhere, *without_effect)
     return {
-        "options": {key: value for key, value in _plain(job.options).items() if key not in ignored},
+        "options": {key: value for key, value in plain(job.options).items() if key not in ignored},
         "data": identity(job.options["dataset"]),
         "eval_data": identity(job.options["eval_dataset"]) if job.options["eval_dataset"] else None,
         "student": job.student.fingerprint(),
@@ -316,7 +301,6 @@ def _work(
     require_head(student, data[0]["input_ids"][None, :HEAD_PROBE_TOKENS].to(student.device))
     teacher, tail_mass = _load_teacher(job, data, evaluation, progress)
     prepared = time.perf_counter()
-    arguments = _arguments(job, staging, evaluation is not None)
     chosen = trainer_options(
         job.options["optimizer"],
         student,
@@ -326,37 +310,38 @@ def _work(
     )
     if chosen.routing is not None:
         progress.say(str(chosen.routing))
+    course = Course({"tokens": job.tokens_per_step}, {"eval_kl": "KL", "eval_nll": "nll"})
     trainer = DistillTrainer(
         student,
         teacher,
         job.objective,
-        args=arguments,
+        args=arguments(
+            job.options,
+            staging,
+            steps=job.steps,
+            warmup_steps=job.warmup_steps,
+            eval_every=job.eval_every,
+            checkpoint_every=job.checkpoint_every,
+            device=job.device,
+            precision=job.dtype,
+            evaluate=evaluation is not None,
+        ),
         train_dataset=data,
         eval_dataset=evaluation,
         callbacks=[
             *callbacks,
             *chosen.callbacks,
-            Metrics(job.tokens_per_step, staging.files / METRICS_FILE, progress),
+            Metrics(course, staging.files / METRICS_FILE, progress),
         ],
         optimizer_cls_and_kwargs=chosen.optimizer,
     )
-    checkpoint = _last_checkpoint(staging.work)
-    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    try:
-        with progress.task("distill", job.steps, done=first_step, unit="steps") as advance:
-            trainer.add_callback(Advance(advance))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except TrainingError as error:
-        good = _last_checkpoint(staging.work)
-        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        raise TrainingError(f"{error}: {kept}; lower lr, and start anew with --overwrite") from None
+    first_step = fit(trainer, staging, "distill", progress)
     trained = time.perf_counter()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    history = metric_lines(trainer.state.log_history, job.tokens_per_step)
+    history = course.lines(trainer.state.log_history)
     if ranks.rank() == 0:
-        _write_student(job, student, state, staging)
+        write_weights(job.student, student, state, staging, max_shard_size=job.options["max_shard_size"])
         seconds = trained - prepared
-        evaluations = [line for line in history if "eval_kl" in line]
         record["training"] |= {
             "optimizer": job.options["optimizer"],
             "lr": job.options["lr"],
@@ -368,22 +353,14 @@ def _work(
             "resumed_at_step": first_step,
             "blocks": len(data),
             "documents": data.packed.sources,
-            "first_evaluation": evaluations[0] if evaluations else None,
-            "last_evaluation": evaluations[-1] if evaluations else None,
+            **course.evaluations(history),
         }
         record["seconds"] = {
             "prepare": prepared - clock,
             "train": seconds,
             "write": time.perf_counter() - trained,
         }
-        record |= {"finished": now(), "peak_rss_bytes": peak_rss_bytes()}
-        if job.device.type == "cuda":
-            record["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-        copied = copy_other_files(job.student, staging, OWN_FILES - {"config.json"})
-        record["files"] = {"copied": copied, "changed": ["README.md"], "dropped": job.student.left_files()}
-        (staging.files / "README.md").write_text(model_card(record, front_matter(job.student)), encoding="utf-8")
-        write_json(staging.files / "burnish.json", record)
-        staging.publish()
+        finish(record, job.student, staging, model_card, device=job.device)
     return history
 
 
@@ -486,76 +463,3 @@ def _load_teacher(
     ranks.wait_for_all()
     progress.say(f"stored {stored.directory}; on average {stored.tail_mass:.2%} of the mass is in the rest")
     return StoredTeacher(stored), stored.tail_mass
-
-
-def _arguments(job: Job, staging: Staging, evaluate: bool) -> TrainingArguments:
-    options = job.options
-    if options["report_to"] == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(staging.files / "runs"))
-    return TrainingArguments(
-        output_dir=str(staging.work),
-        max_steps=job.steps,
-        per_device_train_batch_size=options["batch_size"],
-        per_device_eval_batch_size=options["batch_size"],
-        gradient_accumulation_steps=options["gradient_accumulation"],
-        learning_rate=options["lr"],
-        **training_arguments(options["optimizer"], options["schedule"], job.warmup_steps),
-        weight_decay=options["weight_decay"],
-        max_grad_norm=options["max_grad_norm"],
-        bf16=job.dtype == "bfloat16",
-        fp16=job.dtype == "float16",
-        use_cpu=job.device.type == "cpu",
-        seed=options["seed"],
-        data_seed=options["seed"],
-        logging_steps=max(1, min(50, job.steps // 50)),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluate else "no",
-        eval_on_start=evaluate,
-        eval_steps=job.eval_every,
-        save_steps=job.checkpoint_every,
-        save_total_limit=2,
-        disable_tqdm=True,
-        dataloader_pin_memory=job.device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        report_to=[] if options["report_to"] == "none" else [options["report_to"]],
-        remove_unused_columns=False,
-        **({"gradient_checkpointing": True} if options["gradient_checkpointing"] else {}),
-    )
-
-
-def _last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole: `Trainer` writes its state last."""
-    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _write_student(job: Job, student: PreTrainedModel, state: dict[str, Tensor], staging: Staging) -> None:
-    """Write the trained weights in the names and types of the student that was read.
-
-    Raises:
-        OutputError: what transformers wrote has other names, shapes or types.
-    """
-    before = job.student.tensors
-    stored = [torch_dtype(tensor.dtype) for tensor in before.values() if tensor.dtype in FLOATING]
-    common = max(set(stored), key=stored.count)
-
-    def cast(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(torch_dtype(before[name].dtype) if name in before else common)
-
-    weights = {name: cast(name, tensor) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    for copy, original in (getattr(student, "all_tied_weights_keys", None) or {}).items():
-        weights[copy] = weights[original]  # one tensor again, which is stored once
-    limit = parse_size(job.options["max_shard_size"])
-    student.save_pretrained(staging.files, state_dict=weights, max_shard_size=limit)
-    for file in staging.files.glob("*.safetensors"):
-        file.chmod(0o644)  # transformers keeps the mode of its private temporary file
-    after = Checkpoint.open(staging.files).tensors
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
-            was, found = (f"{tensor.dtype} {list(tensor.shape)}" if tensor else "missing" for tensor in (old, new))
-            raise OutputError(f"{staging.out}: tensor {name} was {was}, is {found} after training")
-
-
-def _exp(nll: float) -> float:
-    return math.exp(min(nll, 700.0))

@@ -9,19 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel
 
-from burnish.checkpoint import Checkpoint
-from burnish.checkpoint.load import load_model
-from burnish.distill.chunked import chunked_loss
+from burnish.data.examples import IGNORED
 from burnish.distill.divergence import Divergence, forward_kl, hidden_state_loss
-from burnish.distill.head import decoder, language_head
 from burnish.distill.teacher import Target, Teacher
-from burnish.errors import TrainingError
-
-IGNORED = -100
-"""Label of a token that is not learned; that of `torch.nn.functional.cross_entropy`."""
+from burnish.training.chunked import chunked_loss
+from burnish.training.head import decoder, language_head
+from burnish.training.trainer import TokenTrainer
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ def stack_blocks(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-class DistillTrainer(Trainer):  # type: ignore[misc]
+class DistillTrainer(TokenTrainer):
     """Trains a student on what a teacher says; logits never exist whole.
 
     Examples have `input_ids` [seq], `labels` [seq] (IGNORED where nothing is learned) and `row` [], the number of the
@@ -76,90 +71,26 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         self, model: PreTrainedModel, teacher: Teacher, objective: Objective | None = None, **options: Any
     ) -> None:
         options.setdefault("data_collator", stack_blocks)
-        if "args" in options:
-            options["args"].remove_unused_columns = False
-        super().__init__(model=model, **options)
+        super().__init__(model, **options)
         self.teacher, self.objective = teacher, objective or Objective()
-        self.remove_callback(PrinterCallback)
-        # The loss below is already a mean over all tokens of the step.
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self._sums: dict[bool, Tensor | None] = {True: None, False: None}
         # The head's weight is used inside the model's own forward, where FSDP and ZeRO have gathered it.
         model.forward = MethodType(_token_losses, model)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Mean loss per token.
-
-        Raises:
-            TrainingError: it is not a finite number.
-        """
-        training = model.training
+    def token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The summed loss, and the sums [divergence, nll, hidden, tokens]."""
         live = inputs["labels"][:, 1:] != IGNORED
-        objective = self.objective if training else Objective()
+        objective = self.objective if model.training else Objective()
         target = self.teacher.target(inputs, live, states=objective.hidden_weight > 0)
         total, sums = model(inputs["input_ids"], inputs["labels"], live, target, objective)
-        seen = self._sums[training]
-        self._sums[training] = sums if seen is None else seen + sums
-        if num_items_in_batch is None:
-            loss = total / live.sum().clamp(min=1)
-        else:
-            loss = total / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        if training and not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
-        return (loss, None) if return_outputs else loss
+        return total, sums
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of a batch; logits are never gathered."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """As `Trainer.evaluation_loop`, with `eval_kl` and `eval_nll` over all tokens."""
-        self._sums[False] = None
-        output = super().evaluation_loop(*args, **options)
-        means = self._means(training=False)
-        prefix = options.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_kl": means["divergence"], f"{prefix}_nll": means["nll"]})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with the parts of the loss since the last time."""
-        if "loss" in logs and self._sums[True] is not None:
-            logs |= self._means(training=True)
-        super().log(logs, start_time)
-
-    def _means(self, *, training: bool) -> dict[str, float]:
-        sums = self._sums[training]
-        assert sums is not None
-        self._sums[training] = None
-        divergence, nll, hidden, tokens = self.accelerator.reduce(sums).tolist()
-        means = {"divergence": divergence / tokens, "nll": nll / tokens}
-        return means | ({"hidden": hidden / tokens} if hidden else {})
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
-            raise TrainingError(f"the gradient is {float(norm)} in step {self.state.global_step + 1}")
-        return norm
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        target = self.model if model is None else model
-        if isinstance(target, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # Trainer does not find weights again that transformers saves in pieces (the stacked expert of OLMoE).
-            saved = load_model(Checkpoint.open(resume_from_checkpoint), dtype=target.dtype)
-            target.load_state_dict(saved.state_dict())
+    def means(self, sums: list[float], *, training: bool) -> dict[str, float]:
+        """Parts of the loss, each a mean per token."""
+        divergence, nll, hidden, tokens = sums
+        if not training:
+            return {"kl": divergence / tokens, "nll": nll / tokens}
+        parts = {"divergence": divergence / tokens, "nll": nll / tokens}
+        return parts | ({"hidden": hidden / tokens} if hidden else {})
 
 
 def _token_losses(

@@ -27,7 +27,16 @@ from burnish.sums import ModelSums
 
 RECORD_FORMAT = "burnish.run/1"
 OWN_FILES = frozenset(
-    {"config.json", "README.md", "plan.json", "burnish.json", "metrics.jsonl", "evaluation.json", "report.html"}
+    {
+        "config.json",
+        "README.md",
+        "plan.json",
+        "burnish.json",
+        "metrics.jsonl",
+        "trajectory.jsonl",
+        "evaluation.json",
+        "report.html",
+    }
 )
 """Files of a run: they are about the source, and its descendants get their own or none."""
 Plan = TypeVar("Plan")

@@ -11,6 +11,8 @@ from torch import Tensor
 from burnish.penalties.lq import shrink_lq_
 from burnish.penalties.penalty import Penalty, check_strength
 
+FEW = 16
+
 
 @dataclass(frozen=True)
 class Wells(Penalty):
@@ -74,7 +76,14 @@ class Wells(Penalty):
 def nearest(x: Tensor, levels: Sequence[float]) -> Tensor:
     """The nearest of ascending levels to each number; half way between two, the upper one."""
     grid = torch.tensor(levels, dtype=x.dtype, device=x.device)
-    return grid[torch.bucketize(x.contiguous(), (grid[1:] + grid[:-1]) / 2, right=True)]
+    middles = (grid[1:] + grid[:-1]) / 2
+    if len(levels) > FEW:
+        return grid[torch.bucketize(x.contiguous(), middles, right=True)]
+    # A look-up takes ten times as long as a comparison; lerp is exact at weights of 0 and 1.
+    found, above = grid[0].expand_as(x), torch.empty_like(x)
+    for middle, level in zip(middles.tolist(), grid[1:], strict=True):
+        found = torch.lerp(found, level, torch.ge(x, middle, out=above))
+    return found
 
 
 def uniform_levels(bits: int, largest: float = 1.0) -> tuple[float, ...]:

@@ -64,6 +64,7 @@ VERBS = {
     "densify": Verb("burnish.densify:densify"),
     "prune": Verb("burnish.prune:prune"),
     "distill": Verb("burnish.distill:distill"),
+    "tune": Verb("burnish.tune:tune"),
     "evaluate": Verb("burnish.evaluate:evaluate", leaves="evaluation.json"),
     "report": Verb("burnish.report:write_report", leaves="report.html"),
 }

@@ -72,6 +72,10 @@ def description(conversion: Conversion) -> str:
         tokens = record.training.get("tokens")
         teacher = f"distilled from {short(record.teacher.name)}" if record.teacher else "distilled"
         return f"{teacher} over {figures.count(tokens)} tokens" if isinstance(tokens, int) else teacher
+    if record.verb in ("tune", "replay"):
+        steps, optimizer = (record.training.get(key) or record.options.get(key) for key in ("steps", "optimizer"))
+        adapters = ", adapters" if record.training.get("adapters") else ""
+        return f"tuned with {optimizer} over {steps} steps{adapters}"
     return f"control: {record.options.get('init')}" if record.verb == "densify" else record.verb
 
 
@@ -142,11 +146,14 @@ class _Course:
 def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
     """Divergence from the teacher, negative log-likelihood and loss over tokens, as far as they were written down.
 
-    The loss stands alone only where it is not the divergence itself. Where a line does not say its tokens, all are
+    The loss stands alone only where it is not one of the others itself. Where a line does not say its tokens, all are
     drawn over steps.
     """
     unit = "steps" if any(line.tokens is None for line in metrics) else "tokens"
-    own_loss = any(line.loss is not None and not _same(line.loss, _divergence(line)) for line in metrics)
+    own_loss = any(
+        line.loss is not None and not any(_same(line.loss, part) for part in (_divergence(line), line.nll))
+        for line in metrics
+    )
 
     def points(value: Callable[[Metrics], float | None]) -> list[tuple[float, float]]:
         found = [
@@ -158,6 +165,7 @@ def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
     for name, trained, evaluated in (
         ("Divergence from the teacher, nats per token", points(_divergence), points(lambda line: line.eval_kl)),
         ("Negative log-likelihood, nats per token", points(lambda line: line.nll), points(lambda line: line.eval_nll)),
+        ("Mean score of generated answers", [], points(lambda line: line.eval_score)),
         ("Training loss", points(lambda line: line.loss) if own_loss else [], []),
     ):
         values = [y for _, y in (*trained, *evaluated) if math.isfinite(y)]
@@ -171,9 +179,9 @@ def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
     return tuple(drawn)
 
 
-def _same(loss: float, divergence: float | None) -> bool:
+def _same(loss: float, part: float | None) -> bool:
     """Up to what a mean over the batch rounds away."""
-    return divergence is not None and math.isclose(loss, divergence, rel_tol=1e-4)
+    return part is not None and math.isclose(loss, part, rel_tol=1e-4)
 
 
 def _divergence(line: Metrics) -> float | None:
@@ -257,15 +265,17 @@ def _size_tiles(first: Record, last: Record) -> list[_Tile]:
 
 def _training_tiles(conversion: Conversion) -> list[_Tile]:
     shown = []
-    for name, values in (
-        ("Held-out divergence, nats", [line.eval_kl for line in conversion.metrics]),
-        ("Held-out loss, nats", [line.eval_nll for line in conversion.metrics]),
+    for name, values, rises in (
+        ("Held-out divergence, nats", [line.eval_kl for line in conversion.metrics], False),
+        ("Held-out score", [line.eval_score for line in conversion.metrics], True),
+        ("Held-out loss, nats", [line.eval_nll for line in conversion.metrics], False),
     ):
         known = [value for value in values if value is not None]
         if known:
             old, new = known[0], known[-1]
             note = figures.change(old, new, "lower", "higher")
-            shown.append(_Tile(name, figures.number(old), figures.number(new), note, worse=not new <= old))
+            better = new >= old if rises else new <= old
+            shown.append(_Tile(name, figures.number(old), figures.number(new), note, worse=not better))
     tokens, rate = (conversion.record.training.get(key) for key in ("tokens", "tokens_per_second"))
     if isinstance(tokens, int):
         note = f"{figures.count(round(rate))} tokens/s" if isinstance(rate, int | float) else ""

@@ -79,7 +79,7 @@ class Record:
     """`burnish.json`: what was asked, what was read and written, what it took."""
 
     format: Literal["burnish.run/1"]
-    verb: Literal["densify", "prune", "distill"]
+    verb: Literal["densify", "prune", "distill", "tune", "replay"]
     started: datetime
     finished: datetime
     options: dict[str, Any]
@@ -209,7 +209,7 @@ class Metrics:
     """One line of `metrics.jsonl`: of training, or (`eval_*`) of an evaluation during it; a lost number is None.
 
     `kl`, `nll`, `eval_kl` and `eval_nll` are in nats per token. `divergence` is the distillation loss alone, which is
-    the forward KL only where that was trained on.
+    the forward KL only where that was trained on. `eval_score` is the mean score of generated answers.
     """
 
     step: int
@@ -220,6 +220,7 @@ class Metrics:
     nll: float | None = None
     eval_kl: float | None = None
     eval_nll: float | None = None
+    eval_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

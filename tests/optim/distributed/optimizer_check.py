@@ -38,7 +38,7 @@ from tests.optim.distributed.toy import (
 
 STEPS = 5
 TOLERANCE = 1e-6
-THOROUGHLY = ("Muon, gram, cautious, SGD", "NorMuon, heads and columns", "AMUSE")
+THOROUGHLY = ("Muon, gram, cautious, SGD", "NorMuon, heads and columns", "AMUSE", "ProxGen, rows")
 """Between them they keep every kind of state, and use every way of cutting."""
 PARTLY_WITHOUT = "middle.1.weight"
 """At step 1 the first rank has no gradient for its share of it."""

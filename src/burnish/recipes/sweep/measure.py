@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish.data import TokenBlocks
-from burnish.distill.chunked import CHUNK_BYTES
 from burnish.distill.divergence import forward_kl
-from burnish.distill.head import decoder, language_head
 from burnish.evaluate import Estimate, mean_per_token, perplexity
 from burnish.evaluate.perplexity import predicted
 from burnish.families.streaming import Calibration, StreamedModel, stream
+from burnish.training.chunked import CHUNK_BYTES
+from burnish.training.head import decoder, language_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

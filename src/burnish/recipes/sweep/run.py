@@ -28,7 +28,6 @@ from burnish.densify.convert import STATISTICS_FILE
 from burnish.densify.decide import Choice, decide
 from burnish.densify.prepare import Subject, compute_dtype, load_statistics
 from burnish.densify.teacher import StreamedTeacher
-from burnish.distill.head import require_head
 from burnish.errors import ResumeMismatchError
 from burnish.evaluate import Estimate
 from burnish.families import Family, Student, describe_student
@@ -41,6 +40,7 @@ from burnish.recipes.sweep.student import FilledStudent
 from burnish.report import write_report
 from burnish.runs import Progress, choose_device, environment, peak_rss_bytes, write_json
 from burnish.runs.units import parse_count
+from burnish.training.head import require_head
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage

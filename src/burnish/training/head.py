@@ -75,7 +75,7 @@ def require_head(model: PreTrainedModel, input_ids: Tensor) -> None:
     if not error < TOLERANCE:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its logits are not its head applied to its last hidden states (they differ by"
-            f" {error:.1%}): this model cannot be distilled in chunks"
+            f" {error:.1%}): this model cannot be trained in chunks"
         )
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from burnish.distill.chunked import chunked_loss
 from burnish.distill.divergence import LOSSES, divergence
+from burnish.training.chunked import chunked_loss
 
 
 def problem(tokens: int = 7, vocab: int = 11, hidden: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:

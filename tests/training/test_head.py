@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from burnish.distill.head import decoder, language_head, require_head
 from burnish.errors import UnsupportedModelError
+from burnish.training.head import decoder, language_head, require_head
 from tests.conftest import FAMILIES, build_model
 
 
@@ -53,5 +53,5 @@ def test_a_model_that_does_more_after_its_decoder_is_refused(
         return output
 
     monkeypatch.setattr(type(model), "forward", doubled)
-    with pytest.raises(UnsupportedModelError, match="cannot be distilled in chunks"):
+    with pytest.raises(UnsupportedModelError, match="cannot be trained in chunks"):
         require_head(model, some_tokens)
