@@ -144,9 +144,10 @@ def taken_share_(s: Tensor, q: float) -> Tensor:
 
 
 def _polynomial(coefficients: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    found = coefficients[-1]
-    for coefficient in reversed(coefficients[:-1]):
-        found = torch.addcmul(coefficient, found, x)
+    *others, second, first = coefficients
+    found = (x * first).add_(second)
+    for coefficient in reversed(others):
+        torch.addcmul(coefficient, found, x, out=found)
     return found
 
 

@@ -43,6 +43,7 @@ class NearQuantized(Penalty):
 
     def rounded(self, x: Tensor) -> Tensor:
         """The quantised copy of a tensor."""
+        x = x.contiguous()  # sums in one order, whatever the layout
         return ternary(x) if isinstance(self.bits, str) else uniform(x, self.bits)
 
     def value(self, x: Tensor) -> Tensor:
