@@ -1,7 +1,7 @@
 """A zeroth-order run as a log of scalars: base weights and log together are the tuned weights, bit for bit.
 
 The file holds JSON lines: a header, a line a step, and at the end the hash of the weights that came out. Twenty
-thousand steps are about two megabytes, whatever the size of the model.
+thousand steps are about three megabytes, whatever the size of the model.
 """
 
 from __future__ import annotations
