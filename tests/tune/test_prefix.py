@@ -100,3 +100,16 @@ def test_u3_3_a_model_whose_layers_talk_past_their_output_is_not_understood() ->
     model = build_llama()
     model.config.num_hidden_layers = 7  # a list of layers that is not found
     assert prefix_reuse(model, batch()) is None
+
+
+@torch.no_grad()
+def test_a_forward_that_another_library_put_there_runs_and_stays() -> None:
+    model, ids, calls = build_llama(), batch(), []
+    first = model.model.layers[0]
+    whole = first.forward
+    first.forward = lambda *args, **options: calls.append(1) or whole(*args, **options)
+    wrapped = first.forward
+    with PrefixReuse(model).below(2):
+        for _ in range(3):
+            model(ids)
+    assert calls == [1] and first.forward is wrapped

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from burnish.checkpoint import Staging
-from burnish.checkpoint.load import foreign_bars_hidden, load_model
+from burnish.checkpoint.load import load_model
 from burnish.checkpoint.staging import refuse_existing, require_apart
 from burnish.checkpoint.write import require_disk_space
 from burnish.data import TokenBlocks, bundled_text, token_blocks
@@ -28,14 +27,13 @@ from burnish.distill.prepare import Job, prepare
 from burnish.distill.stored import StoredLogits, store
 from burnish.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from burnish.distill.trainer import DistillTrainer
-from burnish.families.conversion import RECORD_FORMAT, now, open_staging
+from burnish.families.conversion import RECORD_FORMAT, now
 from burnish.optim.training import trainer_options
 from burnish.runs import Progress, environment, ranks
-from burnish.runs.randomness import random_state_kept
 from burnish.training.course import METRICS_FILE, Course, Metrics
-from burnish.training.fit import arguments, fit
+from burnish.training.fit import arguments, fit, staged
 from burnish.training.head import require_head
-from burnish.training.options import plain
+from burnish.training.options import determining, plain
 from burnish.training.output import described, finish, perplexity, write_weights
 
 HEAD_PROBE_TOKENS = 16
@@ -200,12 +198,8 @@ def distill(
         return DistillResult(None, record)
     for note in job.notes:
         progress.say(note)
-    if ranks.world_size() > 1:
-        PartialState(cpu=job.device.type == "cpu")  # joins the ranks, with the backend that training will use
-    staging = open_staging(out, _fingerprint(job), overwrite=overwrite, resume=resume)
-    with staging.explaining("the output"), random_state_kept(), foreign_bars_hidden():
+    with staged(out, _fingerprint(job), device=job.device, overwrite=overwrite, resume=resume) as staging:
         history = _work(job, staging, record, list(callbacks), progress)
-    ranks.wait_for_all()
     return DistillResult(out, record, tuple(history))
 
 
@@ -242,11 +236,8 @@ def _teacher_record(job: Job) -> dict[str, Any]:
 
 def _fingerprint(job: Job) -> dict[str, Any]:
     """What determines the output."""
-    told_elsewhere = ("out", "student", "teacher", "dataset", "teacher_logits")
-    without_effect = ("dry_run", "overwrite", "resume", "trust_remote_code")
-    ignored = (*told_elsewhere, *without_effect)
     return {
-        "options": {key: value for key, value in plain(job.options).items() if key not in ignored},
+        "options": determining(job.options, "student", "teacher", "dataset", "teacher_logits"),
         "data": identity(job.options["dataset"]),
         "eval_data": identity(job.options["eval_dataset"]) if job.options["eval_dataset"] else None,
         "student": job.student.fingerprint(),

@@ -1,21 +1,47 @@
-"""Run a trainer to its end: its arguments, the checkpoint it goes on from, and the error of a broken loss."""
+"""Run a trainer to its end: where it works, its arguments, its last checkpoint, and the error of a broken loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from burnish.checkpoint import Staging
+from burnish.checkpoint.load import foreign_bars_hidden
 from burnish.errors import TrainingError
+from burnish.families.conversion import open_staging
 from burnish.optim.training import training_arguments
-from burnish.runs import Progress
+from burnish.runs import Progress, ranks
+from burnish.runs.randomness import random_state_kept
 from burnish.training.course import Advance
 from burnish.training.trainer import TokenTrainer
+
+
+@contextmanager
+def staged(
+    out: Path, fingerprint: Mapping[str, Any], *, device: torch.device, overwrite: bool, resume: bool
+) -> Iterator[Staging]:
+    """The directory that a training works in, with all ranks joined before and after, other libraries' progress bars
+    hidden, and the global random state put back.
+
+    Args:
+        out: the output.
+        fingerprint: what determines it.
+        device: that is trained on.
+        overwrite, resume: as for `Staging`.
+    """
+    if ranks.world_size() > 1:
+        PartialState(cpu=device.type == "cpu")  # joins the ranks, with the backend that training will use
+    staging = open_staging(out, fingerprint, overwrite=overwrite, resume=resume)
+    with staging.explaining("the output"), random_state_kept(), foreign_bars_hidden():
+        yield staging
+    ranks.wait_for_all()
 
 
 def arguments(

@@ -76,3 +76,9 @@ def training_bytes(trained: int, read: int) -> dict[str, int]:
 def plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as JSON has them."""
     return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
+
+
+def determining(options: dict[str, Any], *told_elsewhere: str) -> dict[str, Any]:
+    """The options that the output depends on, but for those that a fingerprint tells in another way."""
+    without_effect = ("out", "dry_run", "overwrite", "resume", "trust_remote_code")
+    return {key: value for key, value in plain(options).items() if key not in (*told_elsewhere, *without_effect)}

@@ -50,13 +50,16 @@ class PrefixReuse:
     def below(self, first: int) -> Iterator[None]:
         """Within, the layers before number `first` run in the first evaluation only."""
         below, seen = self.layers[:first], _Seen()
+        before = [vars(layer).get("forward") for layer in below]  # put there by another library
         try:
             for number, layer in enumerate(below):
                 layer.forward = _once(layer.forward, number, number == first - 1, seen)
             yield
         finally:
-            for layer in below:
+            for layer, own in zip(below, before, strict=True):
                 del layer.forward
+                if own is not None:
+                    layer.forward = own
 
     @torch.no_grad()
     def holds(self, input_ids: Tensor) -> bool:

@@ -11,24 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback
 
 from burnish.checkpoint import Staging
-from burnish.checkpoint.load import foreign_bars_hidden
 from burnish.checkpoint.staging import refuse_existing, require_apart
 from burnish.checkpoint.write import require_disk_space
 from burnish.data.packed import identity
-from burnish.families.conversion import RECORD_FORMAT, now, open_staging
+from burnish.families.conversion import RECORD_FORMAT, now
 from burnish.optim.training import trainer_options
 from burnish.penalties import sparsity
 from burnish.runs import Progress, environment, ranks
-from burnish.runs.randomness import random_state_kept
 from burnish.training.course import METRICS_FILE, Course, Metrics
-from burnish.training.fit import arguments, fit, newest_checkpoint
+from burnish.training.fit import arguments, fit, newest_checkpoint, staged
 from burnish.training.head import require_head
-from burnish.training.options import plain
+from burnish.training.options import determining, plain
 from burnish.training.output import described, finish
 from burnish.training.trainer import TokenTrainer
 from burnish.tune.adapters import NOT_OF_ADAPTERS
@@ -219,12 +216,8 @@ def tune(
         return TuneResult(None, record)
     for note in job.notes:
         progress.say(note)
-    if ranks.world_size() > 1:
-        PartialState(cpu=job.device.type == "cpu")  # joins the ranks, with the backend that training will use
-    staging = open_staging(out, _fingerprint(job), overwrite=overwrite, resume=resume)
-    with staging.explaining("the output"), random_state_kept(), foreign_bars_hidden():
+    with staged(out, _fingerprint(job), device=job.device, overwrite=overwrite, resume=resume) as staging:
         history = _work(job, staging, record, list(callbacks), progress)
-    ranks.wait_for_all()
     return TuneResult(out, record, tuple(history))
 
 
@@ -257,11 +250,8 @@ def _new_record(job: Job, started: str) -> dict[str, Any]:
 
 def _fingerprint(job: Job) -> dict[str, Any]:
     """What determines the output."""
-    told_elsewhere = ("out", "model", "dataset", "eval_dataset")
-    without_effect = ("dry_run", "overwrite", "resume", "trust_remote_code")
-    ignored = (*told_elsewhere, *without_effect)
     return {
-        "options": {key: value for key, value in plain(job.options).items() if key not in ignored},
+        "options": determining(job.options, "model", "dataset", "eval_dataset"),
         "data": identity(job.options["dataset"]),
         "eval_data": identity(job.options["eval_dataset"]) if job.options["eval_dataset"] else None,
         "model": job.source.fingerprint(),
