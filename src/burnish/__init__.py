@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from burnish.align import align as align
     from burnish.densify import densify as densify
     from burnish.distill import distill as distill
     from burnish.evaluate import evaluate as evaluate
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from burnish.tune import tune as tune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "densify", "distill", "evaluate", "prune", "tune"]
+__all__ = ["__version__", "align", "densify", "distill", "evaluate", "prune", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,3 +27,7 @@ class DataError(BurnishError):
 
 class TrainingError(BurnishError):
     """Training cannot go on, because its loss or gradient is no longer a number; names the last good checkpoint."""
+
+
+class LabelsNeededError(BurnishError):
+    """The work stops here until somebody has written labels; the message says which file, and how to go on."""

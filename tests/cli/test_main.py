@@ -36,7 +36,7 @@ def burnish(*arguments: str, code: str = "", env: dict[str, str] | None = None) 
 def test_help_names_every_verb_and_has_an_example() -> None:
     done = burnish("--help")
     assert done.returncode == 0
-    verbs = "inspect densify distill prune tune replay evaluate sweep report run demo claims"
+    verbs = "inspect densify distill prune tune replay align evaluate sweep report run demo claims"
     for verb in verbs.split():
         assert verb in done.stdout
         assert "Example" in burnish(verb, "--help").stdout

@@ -230,9 +230,10 @@ def test_u16_1_the_docs_show_a_valid_recipe_and_name_every_shipped_one(load) -> 
     assert [step.name for step in recipe.steps] == ["densify", "reap", "evaluate", "report"]
     assert recipe.steps[0].options["num_samples"] == 32
     assert re.findall(r"^\| `([a-z][\w-]*)` \|", (docs / "run.md").read_text(), re.M) == [
-        "miniature", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b", "against-controls", "against-pruning",
+        "miniature", "pre-dpo", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b", "against-controls",
+        "against-pruning",
     ]  # fmt: skip
-    assert len(shipped()) == 6
+    assert len(shipped()) == 7
 
 
 @pytest.mark.parametrize("name", ["against-controls", "against-pruning"])

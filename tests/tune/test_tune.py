@@ -229,7 +229,7 @@ LORA = {"lora": True}
 def test_u9_2_options_are_refused_before_a_weight_is_read(
     change: dict[str, Any], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("burnish.tune.base.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("burnish.training.base.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", **change)
     assert list(tmp_path.iterdir()) == []

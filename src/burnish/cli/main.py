@@ -14,6 +14,7 @@ import typer
 from typer.main import get_command
 
 from burnish.cli import claims
+from burnish.cli.align import align
 from burnish.cli.demo import demo
 from burnish.cli.densify import densify
 from burnish.cli.distill import distill
@@ -33,6 +34,7 @@ app.command("densify")(densify)
 app.command("distill")(distill)
 app.command("prune")(prune)
 app.command("tune")(tune)
+app.command("align")(align)
 app.command("replay")(replay)
 app.command("evaluate")(evaluate)
 app.command("report")(report)

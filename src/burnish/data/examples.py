@@ -236,7 +236,7 @@ def _read(row: object, where: str, accepted: str) -> Content:
     if "prompt" in columns and "completion" in columns:
         return _pair(columns, where, accepted, tools)
     if "conversations" in columns:
-        chat = _system(columns, where, accepted) + _sharegpt(columns["conversations"], where, accepted)
+        chat = system_turn(columns, where, accepted) + sharegpt_turns(columns["conversations"], where, accepted)
         return _split("sharegpt", chat, "conversations", where, tools)
     if "instruction" in columns and "output" in columns:
         return "alpaca", *_alpaca(columns, where, accepted), tools
@@ -266,7 +266,7 @@ def _pair(columns: Mapping[str, Any], where: str, accepted: str, tools: list[Any
 def _alpaca(columns: Mapping[str, Any], where: str, accepted: str) -> tuple[Messages, Messages]:
     instruction, output = (string(columns, name, where, accepted) for name in ("instruction", "output"))
     extra = string(columns, "input", where, accepted) if "input" in columns else ""
-    chat = _system(columns, where, accepted)
+    chat = system_turn(columns, where, accepted)
     history = columns.get("history", [])
     if not isinstance(history, list) or not all(map(_is_exchange, history)):
         raise DataError(f"{where}: column 'history' is {shown(history)}, expected a list of [question, answer]")
@@ -280,7 +280,8 @@ def _is_exchange(turn: object) -> bool:
     return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
-def _sharegpt(turns: object, where: str, accepted: str) -> Messages:
+def sharegpt_turns(turns: object, where: str, accepted: str) -> Messages:
+    """The turns of a sharegpt row as messages."""
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: column 'conversations' is {shown(turns)}, expected a list; {accepted}")
     chat = []
@@ -293,7 +294,7 @@ def _sharegpt(turns: object, where: str, accepted: str) -> Messages:
     return chat
 
 
-def _system(columns: Mapping[str, Any], where: str, accepted: str) -> Messages:
+def system_turn(columns: Mapping[str, Any], where: str, accepted: str) -> Messages:
     """The system message that an alpaca or sharegpt row may have in a column of its own."""
     text = string(columns, "system", where, accepted) if "system" in columns else ""
     return [{"role": "system", "content": text}] if text else []

@@ -258,7 +258,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], whe
         DataError: no template, or one that refuses these messages; opens with `where`.
     """
     if tokenizer.chat_template is None:
-        raise DataError(f"{where} needs a chat template, and the tokenizer has none: give a column `text`")
+        raise DataError(f"{where} needs a chat template, and the tokenizer has none: give plain text")
     try:
         text: str = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except jinja2.TemplateError as error:

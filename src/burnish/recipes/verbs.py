@@ -65,6 +65,7 @@ VERBS = {
     "prune": Verb("burnish.prune:prune"),
     "distill": Verb("burnish.distill:distill"),
     "tune": Verb("burnish.tune:tune"),
+    "align": Verb("burnish.align:align"),
     "evaluate": Verb("burnish.evaluate:evaluate", leaves="evaluation.json"),
     "report": Verb("burnish.report:write_report", leaves="report.html"),
 }

@@ -366,6 +366,7 @@ def lines(drawn: Sequence[Line], *, title: str, unit: str, reach: Sequence[float
         f'<text class="tick" x="{across.percent(tick):g}%" y="12" text-anchor="{_anchor(across.percent(tick))}">'
         f"{count(round(tick))}</text>"
         for tick in across.ticks()
+        if tick.is_integer()
     )
     parts.append(f'</svg>\n<svg class="xs" aria-hidden="true">{labels}</svg>')
     return "\n".join(parts)

@@ -30,6 +30,7 @@ from burnish.report.records import (
     TaskScore,
     read_run,
 )
+from burnish.report.rounds import ROUND_DRAWINGS, has_rounds_alone, render_rounds
 from burnish.report.sweep import is_sweep, render_sweep
 
 PAGE = "report.html"
@@ -76,6 +77,11 @@ def description(conversion: Conversion) -> str:
         steps, optimizer = (record.training.get(key) or record.options.get(key) for key in ("steps", "optimizer"))
         adapters = ", adapters" if record.training.get("adapters") else ""
         return f"tuned with {optimizer} over {steps} steps{adapters}"
+    if record.verb == "align":
+        name, steps = (record.training.get(key) for key in ("objective", "steps"))
+        rounds = f"{record.options.get('rounds')} rounds of " if record.options.get("rounds") else ""
+        adapters = ", adapters" if record.training.get("adapters") else ""
+        return f"aligned with {name} over {rounds}{steps} steps{adapters}"
     return f"control: {record.options.get('init')}" if record.verb == "densify" else record.verb
 
 
@@ -166,7 +172,19 @@ def courses(metrics: Sequence[Metrics]) -> tuple[_Course, ...]:
         ("Divergence from the teacher, nats per token", points(_divergence), points(lambda line: line.eval_kl)),
         ("Negative log-likelihood, nats per token", points(lambda line: line.nll), points(lambda line: line.eval_nll)),
         ("Mean score of generated answers", [], points(lambda line: line.eval_score)),
-        ("Training loss", points(lambda line: line.loss) if own_loss else [], []),
+        ("Reward of drawn completions", points(lambda line: line.reward), points(lambda line: line.eval_reward)),
+        ("Margin of implicit rewards", points(lambda line: line.margin), points(lambda line: line.eval_margin)),
+        (
+            "Share of pairs with a margin above 0",
+            points(lambda line: line.accuracy),
+            points(lambda line: line.eval_accuracy),
+        ),
+        (
+            "KL to the reference, nats per completion",
+            points(lambda line: line.reference_kl),
+            points(lambda line: line.eval_reference_kl),
+        ),
+        ("Training loss", points(lambda line: line.loss) if own_loss else [], points(lambda line: line.eval_loss)),
     ):
         values = [y for _, y in (*trained, *evaluated) if math.isfinite(y)]
         if not values:
@@ -268,6 +286,8 @@ def _training_tiles(conversion: Conversion) -> list[_Tile]:
     for name, values, rises in (
         ("Held-out divergence, nats", [line.eval_kl for line in conversion.metrics], False),
         ("Held-out score", [line.eval_score for line in conversion.metrics], True),
+        ("Held-out reward", [line.eval_reward for line in conversion.metrics], True),
+        ("Held-out accuracy", [line.eval_accuracy for line in conversion.metrics], True),
         ("Held-out loss, nats", [line.eval_nll for line in conversion.metrics], False),
     ):
         known = [value for value in values if value is not None]
@@ -508,6 +528,7 @@ def render(run: Run, *, mix_settings: bool = False) -> str:
         worse=worse,
         layers_shown_open=LAYERS_SHOWN_OPEN,
         **DRAWINGS,
+        **ROUND_DRAWINGS,
     )
 
 
@@ -517,8 +538,8 @@ def write_report(
     """Write the page of a run, whole or not at all.
 
     Args:
-        run_dir: a run directory, the directory of a recipe, a directory of run directories, or one of a training of
-            one's own where instruments of `burnish.diagnose` wrote.
+        run_dir: a run directory, the directory of a recipe, a directory of run directories, one of a training of
+            one's own where instruments of `burnish.diagnose` wrote, or one of `burnish.align.rounds.OnPolicyRounds`.
         out: the page; `report.html` in the run directory by default.
         overwrite: replace the page if it exists.
         mix_settings: put results of different settings (task and version, shots, templates, tokenizer, seed, limit,
@@ -537,6 +558,8 @@ def write_report(
         html = render_sweep(run_dir)
     elif has_instruments_alone(run_dir):
         html = render_instruments(run_dir)
+    elif has_rounds_alone(run_dir):
+        html = render_rounds(run_dir)
     else:
         html = render(read_run(run_dir), mix_settings=mix_settings)
     return write_page(page, html, overwrite=overwrite)

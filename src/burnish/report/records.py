@@ -15,6 +15,7 @@ from burnish.errors import BurnishError
 
 RECORD, PLAN, METRICS, EVALUATIONS = "burnish.json", "plan.json", "metrics.jsonl", "evaluation*.json"
 SPECTRUM, SUBSPACE = "spectrum.jsonl", "subspace.jsonl"
+ROUNDS = "rounds.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Record:
     """`burnish.json`: what was asked, what was read and written, what it took."""
 
     format: Literal["burnish.run/1"]
-    verb: Literal["densify", "prune", "distill", "tune", "replay"]
+    verb: Literal["densify", "prune", "distill", "tune", "replay", "align"]
     started: datetime
     finished: datetime
     options: dict[str, Any]
@@ -209,7 +210,10 @@ class Metrics:
     """One line of `metrics.jsonl`: of training, or (`eval_*`) of an evaluation during it; a lost number is None.
 
     `kl`, `nll`, `eval_kl` and `eval_nll` are in nats per token. `divergence` is the distillation loss alone, which is
-    the forward KL only where that was trained on. `eval_score` is the mean score of generated answers.
+    the forward KL only where that was trained on. `eval_score` is the mean score of generated answers. Of an alignment
+    `margin` is the implicit reward of what is preferred over that of what is not, `accuracy` the share of pairs where
+    it is above 0, `reward` the mean of drawn completions, `reference_kl` the KL to the reference, in nats per
+    completion.
     """
 
     step: int
@@ -221,6 +225,15 @@ class Metrics:
     eval_kl: float | None = None
     eval_nll: float | None = None
     eval_score: float | None = None
+    margin: float | None = None
+    accuracy: float | None = None
+    reward: float | None = None
+    reference_kl: float | None = None
+    eval_loss: float | None = None
+    eval_margin: float | None = None
+    eval_accuracy: float | None = None
+    eval_reward: float | None = None
+    eval_reference_kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +257,35 @@ class AdapterSpectrum:
             raise ValueError(
                 f"{len(self.singular_values)} singular values of {self.adapter}: expected some, none below 0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundLine:
+    """One line of `rounds.jsonl`: what was seen of a policy that had so many rounds.
+
+    Means have their standard errors; `coverage` and `reference_coverage` are the largest ratios of the policy's
+    variance of features to that of the round before and of the reference. None where it was not measured.
+    """
+
+    rounds: int
+    rows: int | None = None
+    length: FiniteFloat
+    ended: FiniteFloat
+    kl: FiniteFloat
+    kl_error: FiniteFloat | None
+    entropy: FiniteFloat
+    entropy_error: FiniteFloat | None
+    reward: FiniteFloat | None = None
+    reward_error: FiniteFloat | None = None
+    win_rate: FiniteFloat | None = None
+    win_rate_low: FiniteFloat | None = None
+    win_rate_high: FiniteFloat | None = None
+    coverage: FiniteFloat | None = None
+    reference_coverage: FiniteFloat | None = None
+    log_det: FiniteFloat | None = None
+    pairs_log_det: FiniteFloat | None = None
+    equal_pairs: FiniteFloat | None = None
+    certainty: FiniteFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,6 +434,7 @@ class Conversion:
     plan: DensifyPlan | PrunePlan | None = None
     metrics: tuple[Metrics, ...] = ()
     instruments: Instruments = field(default_factory=Instruments)
+    rounds: tuple[RoundLine, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -478,6 +521,15 @@ def read_instruments(directory: Path) -> Instruments:
     )
 
 
+def read_rounds(file: Path) -> tuple[RoundLine, ...]:
+    """The lines that on-policy rounds wrote, if they did.
+
+    Raises:
+        BurnishError: a line is malformed; names file, row and key.
+    """
+    return _lines(RoundLine, file)
+
+
 def _conversion(directory: Path) -> Conversion:
     record = read_as(Record, directory / RECORD)
     plan = directory / PLAN
@@ -488,6 +540,7 @@ def _conversion(directory: Path) -> Conversion:
         plan=_plan(plan) if plan.exists() or (record.verb == "densify" and not control) else None,
         metrics=_lines(Metrics, directory / METRICS),
         instruments=read_instruments(directory),
+        rounds=read_rounds(directory / "rounds" / ROUNDS),
     )
 
 

@@ -77,7 +77,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ used
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad.mT, chunk)
+                    add_product(grad_weight, grad.mT, chunk)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0, dtype=sums)
         assert others is not None
@@ -95,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the type of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

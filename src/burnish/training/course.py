@@ -13,7 +13,12 @@ from transformers import TrainerCallback
 from burnish.runs import Progress
 
 METRICS_FILE = "metrics.jsonl"
-TRAINED = ("loss", "divergence", "nll", "hidden", "learning_rate", "grad_norm", "projected_gradient")
+TRAINED = (
+    "loss", "divergence", "nll", "hidden", "rewards/chosen", "rewards/rejected", "rewards/margins",
+    "rewards/accuracies", "rewards", "logps/chosen", "logps/rejected", "logps", "reward", "entropy", "kl", "length",
+    "learning_rate", "grad_norm", "projected_gradient",
+)  # fmt: skip
+LINE_NAMES = {"learning_rate": "lr"}
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,22 @@ class Course:
     Attributes:
         per_step: what one step counts, such as `{"tokens": 4096}`.
         evaluated: keys of an evaluation and how they are called in messages; the first is there in each.
+        names: of values that the lines call otherwise than the trainer; an evaluation's with `eval_` before both.
     """
 
     per_step: Mapping[str, int]
     evaluated: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def main(self) -> str:
         """The key that every evaluation has."""
         return next(iter(self.evaluated))
+
+    def named(self, key: str) -> str:
+        """What a line calls a value of the trainer's log."""
+        plain = key.removeprefix("eval_")
+        return key.removesuffix(plain) + (LINE_NAMES | dict(self.names)).get(plain, plain)
 
     def lines(self, log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines that a trainer's log comes to; without times, so that equal runs give equal files."""
@@ -40,9 +52,9 @@ class Course:
             counted = {name: entry["step"] * count for name, count in self.per_step.items()}
             line: dict[str, Any] = {"step": entry["step"]} | counted
             if self.main in entry:
-                line |= {key: entry[key] for key in self.evaluated if key in entry}
+                line |= {self.named(key): entry[key] for key in self.evaluated if key in entry}
             elif "loss" in entry:
-                line |= {("lr" if key == "learning_rate" else key): entry[key] for key in TRAINED if key in entry}
+                line |= {self.named(key): entry[key] for key in TRAINED if key in entry}
             else:
                 continue
             if not (lines and self.main in line and lines[-1].get(self.main) == line[self.main]
@@ -73,7 +85,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self.file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         last, main = lines[-1], self.course.main
         if main in (logs or {}):
-            named = [f"{name} {last[key]:.4f}" for key, name in self.course.evaluated.items() if key in last]
+            words = {self.course.named(key): name for key, name in self.course.evaluated.items()}
+            named = [f"{name} {last[key]:.4f}" for key, name in words.items() if key in last]
             self.held_out = f", held-out {named[0]}"
             if not self.progress.console.is_terminal:
                 self.progress.say(f"step {last['step']}: {', '.join(named)}")

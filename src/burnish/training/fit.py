@@ -55,6 +55,7 @@ def arguments(
     device: torch.device,
     precision: str,
     evaluate: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
     **changes: Any,
 ) -> TrainingArguments:
     """The arguments of a trainer.
@@ -67,6 +68,7 @@ def arguments(
         device: where.
         precision: "bfloat16" and "float16" run the forward pass in mixed precision; anything else does not.
         evaluate: whether there is something to evaluate on.
+        kind: of the arguments, where the trainer has its own.
         changes: further arguments, or other values.
     """
     chosen = {
@@ -96,9 +98,11 @@ def arguments(
         "ddp_find_unused_parameters": False,
         "report_to": [] if options["report_to"] == "none" else [options["report_to"]],
         "remove_unused_columns": False,
-        **({"gradient_checkpointing": True} if options.get("gradient_checkpointing") else {}),
     }
-    return TrainingArguments(**(chosen | changes))
+    checkpointing = bool(options.get("gradient_checkpointing"))
+    if checkpointing or kind is not TrainingArguments:  # others may have it on by default
+        chosen["gradient_checkpointing"] = checkpointing
+    return kind(**(chosen | changes))
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -110,10 +114,17 @@ def newest_checkpoint(directory: Path) -> Path | None:
 def fit(trainer: TokenTrainer, staging: Staging, name: str, progress: Progress) -> int:
     """Train, from the newest checkpoint where there is one; returns the step that this began with.
 
+    Args:
+        trainer: its checkpoints lie in its output directory.
+        staging: of the verb, for what TensorBoard writes.
+        name: of the task that progress is shown for.
+        progress: where it is shown.
+
     Raises:
         TrainingError: the loss or the gradient is no longer a number; names the last good checkpoint.
     """
-    checkpoint = newest_checkpoint(staging.work)
+    work = Path(trainer.args.output_dir)
+    checkpoint = newest_checkpoint(work)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # the user named no place
@@ -123,7 +134,7 @@ def fit(trainer: TokenTrainer, staging: Staging, name: str, progress: Progress) 
             trainer.add_callback(Advance(advance))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except TrainingError as error:
-        good = newest_checkpoint(staging.work)
+        good = newest_checkpoint(work)
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise TrainingError(f"{error}: {kept}; lower lr, and start anew with --overwrite") from None
     return first_step

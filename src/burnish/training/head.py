@@ -23,7 +23,7 @@ class LanguageHead:
 
     Attributes:
         linear: the output embedding.
-        finish: what the model does to the projected states: a scale, a soft cap, or nothing.
+        finish: what the model does to the projected states: a scale, a soft cap, or nothing (`unchanged`).
     """
 
     linear: nn.Linear
@@ -42,10 +42,17 @@ def language_head(model: PreTrainedModel) -> LanguageHead:
     return LanguageHead(linear, _finish(model.config.get_text_config()))
 
 
+def unchanged(logits: Tensor) -> Tensor:
+    """The logits of a model that does nothing to its projected states."""
+    return logits
+
+
 def _finish(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     scaling = getattr(config, "logits_scaling", None)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     factor = getattr(config, "logit_scale", None)  # Cohere
+    if not (scaling or cap or factor):
+        return unchanged
 
     def finish(logits: Tensor) -> Tensor:
         if scaling:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from burnish.checkpoint import parse_size
+from burnish.runs import ranks
 
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -39,6 +40,39 @@ def require_in_range(options: dict[str, Any], *, counts: Iterable[str]) -> None:
     if options["report_to"] not in REPORTERS:
         raise ValueError(f"report_to={options['report_to']!r} is unknown: choose one of {', '.join(REPORTERS)}")
     parse_size(options["max_shard_size"])
+
+
+def refuse_without_effect(options: dict[str, Any], of_others: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Refuse options that belong to a choice that was not made: one of them is a mistake, not a wish.
+
+    Args:
+        options: None and False where nothing was said.
+        of_others: choices that were not made, and the options that only they have.
+
+    Raises:
+        ValueError: an option has no effect; names it, its value and the choice.
+    """
+    for owner, names in of_others:
+        for name in names:
+            if options[name] is not None and options[name] is not False:
+                raise ValueError(f"{name}={options[name]!r} has no effect without {owner}: leave it out")
+    if options["steps"] is not None and options["epochs"] is not None:
+        raise ValueError(f"steps={options['steps']} and epochs={options['epochs']}: give one of them")
+
+
+def steps_of(options: dict[str, Any], rows: int) -> int:
+    """Optimizer steps: `steps`, or what `epochs` over so many rows come to."""
+    if options["steps"] is not None:
+        return int(options["steps"])
+    epochs = float(options["epochs"])
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"epochs={epochs}: expected a number above 0")
+    return max(1, math.ceil(epochs * math.ceil(rows / rows_per_step(options))))
+
+
+def rows_per_step(options: dict[str, Any]) -> int:
+    """Of all processes."""
+    return int(options["batch_size"] * options["gradient_accumulation"] * ranks.world_size())
 
 
 def require_length(name: str, config: Any, max_length: int) -> None:

@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from burnish.checkpoint import Checkpoint
 from burnish.checkpoint.load import load_config, load_tokenizer
-from burnish.errors import UnsupportedModelError
 from burnish.optim.training import choose_schedule
-from burnish.runs import choose_device, ranks
-from burnish.runs.randomness import random_state_kept
+from burnish.runs import choose_device
 from burnish.runs.units import parse_count
+from burnish.training.adapters import LORA_OPTIONS, Lora, chosen_lora, lora_defaults
+from burnish.training.base import outlined, require_trainable, trained_dtype
 from burnish.training.options import (
     EVALUATIONS,
     forward_dtype,
+    refuse_without_effect,
     require_dtype,
     require_in_range,
     require_length,
+    rows_per_step,
+    steps_of,
     training_bytes,
 )
 from burnish.tune import penalty as penalties
-from burnish.tune.adapters import Lora, add_adapters, base_name, require_peft
 from burnish.tune.rows import Rows
 from burnish.tune.score import SCORES
 from burnish.tune.zeroth_order import (
@@ -53,7 +54,6 @@ COUNTS = (
     "batch_size", "gradient_accumulation", "eval_samples", "queries", "steps", "interval", "eval_every",
     "checkpoint_every",
 )  # fmt: skip
-LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Job:
     @property
     def examples_per_step(self) -> int:
         """Of all processes."""
-        return int(self.options["batch_size"] * self.options["gradient_accumulation"] * ranks.world_size())
+        return rows_per_step(self.options)
 
     @property
     def warmup_steps(self) -> int:
@@ -127,21 +127,18 @@ def prepare(options: dict[str, Any]) -> Job:
         raise ValueError("give a dataset: rows with `messages`, or with `prompt` and `completion`")
     if options["optimizer"] == PENALISED:
         penalties.penalty(options["penalty"], options["penalty_strength"])
-    lora = _lora(options)
+    lora = chosen_lora(options)
     device = choose_device(options["device"])
     require_dtype(options["dtype"])
     source = Checkpoint.open(options["model"])
     trust = bool(options["trust_remote_code"])
     config, tokenizer = load_config(source, trust_remote_code=trust), load_tokenizer(source, trust_remote_code=trust)
     require_length(source.name, config, options["max_length"])
-    quantised = "quantization_config" in source.config
-    if quantised and (lora is None or options["merge"]):
-        what = "merged into" if lora else "trained"
-        raise UnsupportedModelError(f"{source.name}: its quantised weights cannot be {what}: train adapters, --lora")
-    load = options["dtype"] if forward_only else _trained_dtype(options["dtype"], device, lora)
+    require_trainable(source, lora, merge=options["merge"])
+    load = options["dtype"] if forward_only else trained_dtype(options["dtype"], device, lora)
     forecast = _forecast(source, config, lora, load, options, trust=trust)
     rows, evaluation = _read(options, tokenizer)
-    steps = options["steps"] or _steps_of(options, len(rows))
+    steps = steps_of(options, len(rows))
     return Job(
         source=source,
         tokenizer=tokenizer,
@@ -177,12 +174,7 @@ def _refuse_without_effect(options: dict[str, Any], forward_only: bool) -> None:
         of_others.append((PENALISED, penalties.OPTIONS))
     if not options["lora"]:
         of_others.append(("--lora", (*LORA_OPTIONS, "merge")))
-    for owner, names in of_others:
-        for option in names:
-            if options[option] is not None and options[option] is not False:
-                raise ValueError(f"{option}={options[option]!r} has no effect without {owner}: leave it out")
-    if options["steps"] is not None and options["epochs"] is not None:
-        raise ValueError(f"steps={options['steps']} and epochs={options['epochs']}: give one of them")
+    refuse_without_effect(options, of_others)
 
 
 def _filled(options: dict[str, Any], forward_only: bool) -> dict[str, Any]:
@@ -198,8 +190,7 @@ def _filled(options: dict[str, Any], forward_only: bool) -> dict[str, Any]:
     if options["optimizer"] == PENALISED:
         known |= penalties.DEFAULTS
     if lora:
-        rank = options["lora_rank"] or Lora.rank
-        known |= {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_targets": Lora.targets}
+        known |= lora_defaults(options)
     if options["steps"] is None and "steps" not in known:
         known["epochs"] = EPOCHS
     for name, value in known.items():
@@ -208,25 +199,6 @@ def _filled(options: dict[str, Any], forward_only: bool) -> dict[str, Any]:
     if isinstance(filled["blocks"], str):
         filled["blocks"] = parse_count(filled["blocks"], "blocks")
     return filled
-
-
-def _lora(options: dict[str, Any]) -> Lora | None:
-    if not options["lora"]:
-        return None
-    require_peft()
-    targets = options["lora_targets"]
-    return Lora(
-        rank=options["lora_rank"],
-        alpha=options["lora_alpha"],
-        dropout=options["lora_dropout"],
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        seed=options["seed"],
-    )
-
-
-def _trained_dtype(dtype: str, device: torch.device, lora: Lora | None) -> str:
-    """Weights that gradients train are float32; those that adapters leave alone need only what a pass needs."""
-    return forward_dtype(dtype, device) if lora else "float32"
 
 
 def _read(options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
@@ -243,14 +215,6 @@ def _read(options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
     )
 
 
-def _steps_of(options: dict[str, Any], rows: int) -> int:
-    epochs = float(options["epochs"])
-    if not 0 < epochs < math.inf:
-        raise ValueError(f"epochs={epochs}: expected a number above 0")
-    per_step = int(options["batch_size"] * options["gradient_accumulation"] * ranks.world_size())
-    return max(1, math.ceil(epochs * math.ceil(rows / per_step)))
-
-
 def _forecast(
     source: Checkpoint, config: Any, lora: Lora | None, load: str, options: dict[str, Any], *, trust: bool
 ) -> dict[str, int]:
@@ -258,27 +222,17 @@ def _forecast(
 
     They are taken from a model without weights, which shows, too, whether adapters and blocks find their tensors.
     """
-    with torch.device("meta"), random_state_kept():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        if lora is not None:
-            model = add_adapters(model, lora, base_name(source))
-    trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    frozen = sum(tensor.numel() for tensor in model.parameters()) - trained
-    stored = load == "auto" or "quantization_config" in source.config
-    width = source.nbytes / max(source.num_parameters, 1) if stored else getattr(torch, load).itemsize
-    each = 4 if lora else math.ceil(width)  # PEFT keeps adapters in float32
-    held = trained * each + (0 if lora is None else source.nbytes if stored else math.ceil(frozen * width))
-    output = 4 * trained if lora and not options["merge"] else source.nbytes
+    found = outlined(source, config, lora, load, merge=options["merge"], trust=trust)
     if not is_forward_only(options["optimizer"]):
-        disk = training_bytes(trained, output)["disk_bytes"]
-        return {"trained_weights": trained, "memory_bytes": held + 12 * trained, "disk_bytes": disk}
-    optimizer = zeroth_order(model, options)
+        disk = training_bytes(found.trained, found.written)["disk_bytes"]
+        return {"trained_weights": found.trained, "memory_bytes": found.held + 12 * found.trained, "disk_bytes": disk}
+    optimizer = zeroth_order(found.model, options)
     block = max(block.size for block in optimizer.blocks)
-    copy = 4 * block if has_blocks(options["optimizer"]) or each < 4 else 0
+    copy = 4 * block if has_blocks(options["optimizer"]) or found.width < 4 else 0
     noise = 4 * block if has_blocks(options["optimizer"]) else 0  # otherwise it is drawn piece by piece
     return {
         "trained_weights": sum(block.size for block in optimizer.blocks),
         "block_weights": block,
-        "memory_bytes": held + copy + noise,
-        "disk_bytes": 2 * (trained * each + copy) + output,
+        "memory_bytes": found.held + copy + noise,
+        "disk_bytes": 2 * (found.trained * found.width + copy) + found.written,
     }

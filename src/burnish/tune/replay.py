@@ -21,9 +21,9 @@ from burnish.optim.trajectory import Trajectory
 from burnish.optim.trajectory import replay as apply_trajectory
 from burnish.runs import Progress, choose_device, environment
 from burnish.runs.randomness import random_state_kept
+from burnish.training.adapters import NOT_OF_ADAPTERS, Lora, require_peft
+from burnish.training.base import load_base, weights_hash, write_trained
 from burnish.training.output import described, finish
-from burnish.tune.adapters import NOT_OF_ADAPTERS, Lora, require_peft
-from burnish.tune.base import load_base, weights_hash, write_tuned
 from burnish.tune.card import replay_card
 
 
@@ -141,7 +141,7 @@ def replay(
         base_model = load_base(source, base["dtype"], device, lora=lora, trust=trust_remote_code)
         with progress.task("replay", len(log.records), unit="steps") as advance:
             apply_trajectory(base_model, log, advance=advance)
-        write_tuned(source, base_model, staging, lora=lora, merge=merge, max_shard_size=max_shard_size)
+        write_trained(source, base_model, staging, lora=lora, merge=merge, max_shard_size=max_shard_size)
         left = NOT_OF_ADAPTERS if adapters else frozenset()
         finish(record, source, staging, replay_card, device=device, leave=left)
     return ReplayResult(out, record)

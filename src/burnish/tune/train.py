@@ -22,14 +22,14 @@ from burnish.families.conversion import RECORD_FORMAT, now
 from burnish.optim.training import trainer_options
 from burnish.penalties import sparsity
 from burnish.runs import Progress, environment, ranks
+from burnish.training.adapters import NOT_OF_ADAPTERS
+from burnish.training.base import load_base, weights_hash, write_trained
 from burnish.training.course import METRICS_FILE, Course, Metrics
 from burnish.training.fit import arguments, fit, newest_checkpoint, staged
 from burnish.training.head import require_head
 from burnish.training.options import determining, plain
 from burnish.training.output import described, finish
 from burnish.training.trainer import TokenTrainer
-from burnish.tune.adapters import NOT_OF_ADAPTERS
-from burnish.tune.base import load_base, weights_hash, write_tuned
 from burnish.tune.card import model_card
 from burnish.tune.penalty import penalty as make_penalty
 from burnish.tune.prefix import prefix_reuse
@@ -283,7 +283,7 @@ def _work(
     if ranks.rank() == 0:
         if isinstance(trainer, ZerothOrderTrainer):
             trainer.zeroth_order.end_log()
-        write_tuned(
+        write_trained(
             job.source,
             model,
             staging,

@@ -19,6 +19,7 @@ from burnish.training.output import make_readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 NOT_OF_ADAPTERS = frozenset({"config.json", "generation_config.json"})
 """Files of a base model that would make a directory of adapters look like a whole model."""
 
@@ -60,6 +61,32 @@ class Lora:
         """From `to_dict`."""
         targets = values["targets"]
         return cls(**values | {"targets": targets if isinstance(targets, str) else tuple(targets)})
+
+
+def lora_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """What LORA_OPTIONS are where a verb was not told."""
+    rank = options["lora_rank"] or Lora.rank
+    return {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_targets": Lora.targets}
+
+
+def chosen_lora(options: dict[str, Any]) -> Lora | None:
+    """The adapters that a verb's options ask for: `lora`, LORA_OPTIONS and `seed`; None without `lora`.
+
+    Raises:
+        BurnishError: PEFT is missing.
+        ValueError: an option is out of range.
+    """
+    if not options["lora"]:
+        return None
+    require_peft()
+    targets = options["lora_targets"]
+    return Lora(
+        rank=options["lora_rank"],
+        alpha=options["lora_alpha"],
+        dropout=options["lora_dropout"],
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        seed=options["seed"],
+    )
 
 
 def require_peft() -> None:
