@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from burnish.align import AlignResult, align
 from burnish.align.policy import Policy
 from burnish.align.reference import ReferenceLogps
+from burnish.align.trainer import with_mismatched
 from burnish.data.preferences import encode_preferences, load_completions, load_preferences
 from burnish.errors import (
     BurnishError,
@@ -298,6 +300,16 @@ def test_objectives_of_pairs_learn(objective: str, changes: dict[str, Any], run:
     result = run(tmp_path / "out", objective=objective, **data, **changes)
     losses = [line["loss"] for line in result.history if "loss" in line]
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_kto_pairs_each_completion_with_one_of_another_prompt() -> None:
+    """Pairs that were taken apart lie side by side with the same prompt; of five in a circle 0 and 4 begin alike."""
+    prompts = [[1], [1], [2], [3], [1]]
+    rows = [{"prompt_ids": ids, "branch_ids": [[10 + place]]} for place, ids in enumerate(prompts)]
+    found = [row["branch_ids"][1][0] - 10 for row in with_mismatched(Dataset.from_list(rows))]
+    assert found == [3, 3, 1, 2, 3]
+    with pytest.raises(ValueError, match="kto: all rows have one prompt"):
+        with_mismatched(Dataset.from_list(rows[:2]))
 
 
 def test_judged_completions_are_learned_and_forgotten(

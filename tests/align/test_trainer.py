@@ -349,6 +349,54 @@ def test_the_gradient_of_drawn_completions_is_the_score_function(model_dir, tmp_
         torch.testing.assert_close(trainer.model.get_parameter(name).detach(), wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_pairs_that_are_drawn_estimate_the_divergence_themselves(model_dir, tmp_path):
+    """PD with a KL term on its own two samples: their gradient is that of the score function beside the pair loss."""
+    import peft
+
+    def two_of_four(policy, rows, seed):
+        return [
+            row | {"branch_ids": row["branch_ids"][:2], "rewards": row["rewards"][:2]}
+            for row in count_of_a(policy, rows, seed)
+        ]
+
+    rows, bound, drawn = [{"prompt_ids": [1, 10, 20 + place]} for place in range(4)], objective("pd", kl=2.0), []
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = trainer_of(model_dir, tmp_path, bound, rows, peft_config=config,
+                         rollout=lambda *given: drawn.extend(two_of_four(*given)) or drawn,
+                         changes=ONE_STEP | {"per_device_train_batch_size": 4, "learning_rate": 0.1})  # fmt: skip
+    model = trainer.model
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    trainer.train()
+    after = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    for name, tensor in before.items():
+        model.get_parameter(name).data.copy_(tensor)
+    batch = collate(drawn, "padded", pad=0)
+    with model.disable_adapter(), torch.no_grad():
+        reference = branch_logps(model, batch).view(4, 2)
+    logps = branch_logps(model, batch).view(4, 2)
+    ratio = (logps - reference).detach()
+    assert ratio.abs().max() > 0.01
+    rewards = torch.tensor([row["rewards"] for row in drawn])
+    pairs = objective("pd")({"chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1], "labels": torch.ones(4),
+                             "chosen_rewards": rewards[:, 0], "rejected_rewards": rewards[:, 1]})  # fmt: skip
+    kl = ((ratio - ratio.flip(1)) * logps).mean(1)
+    model.zero_grad()
+    (pairs.mean() + 2 * kl.mean()).backward()
+    for name, tensor in before.items():
+        wanted = tensor - 0.1 * model.get_parameter(name).grad
+        torch.testing.assert_close(after[name], wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_draw_has_a_seed_of_its_own(model_dir, tmp_path):
+    rows, seeds = [{"prompt_ids": [1, 10, 20 + place]} for place in range(4)], {}
+    for seed in (0, 1):
+        seen = seeds.setdefault(seed, [])
+        trainer_of(model_dir, tmp_path / str(seed), objective("rkl", beta=0.0), rows,
+                   rollout=lambda policy, rows, seed, seen=seen: seen.append(seed) or count_of_a(policy, rows, seed),
+                   changes={"max_steps": 2, "gradient_accumulation_steps": 2, "seed": seed}).train()  # fmt: skip
+    assert len(seeds[0]) == 4 and len({*seeds[0], *seeds[1]}) == 8
+
+
 def test_a_kl_weight_needs_something_to_draw_with(model_dir, tmp_path):
     with pytest.raises(ValueError, match="pmle needs completions of the policy: give rollout"):
         trainer_of(model_dir, tmp_path, objective("pmle", kl=0.1))
@@ -462,6 +510,17 @@ def test_u12_2_the_global_random_state_is_left_alone(model_dir, tmp_path):
     before = torch.get_rng_state()
     trainer_of(model_dir, tmp_path)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_u12_1_the_order_of_rows_follows_the_seed_alone(model_dir, tmp_path):
+    losses = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        trainer = trainer_of(model_dir, tmp_path / str(global_seed), changes={"per_device_train_batch_size": 1})
+        torch.manual_seed(global_seed)
+        trainer.train()
+        losses.append(logged(trainer, "logps/chosen"))
+    assert losses[0] == losses[1] and len(set(losses[0])) == 4
 
 
 def test_nothing_but_checkpoints_is_written(model_dir, tmp_path):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from burnish.align.trees import branch_lengths, branch_logps, branch_states, choose_layout, collate, shares_prompts
+from burnish.align.trees import (
+    all_branch_states,
+    branch_lengths,
+    branch_logps,
+    branch_states,
+    choose_layout,
+    collate,
+    shares_prompts,
+)
 
 TREES = [
     {"prompt_ids": [5, 6, 7, 8], "branch_ids": [[9, 10, 2], [11, 2]]},
@@ -81,6 +89,16 @@ def test_lengths_count_the_tokens_of_branches_only():
         assert len(branch_states(model_of(), batch)) == 16
 
 
+def test_states_of_every_layer_are_those_that_predict_each_token():
+    model = model_of()
+    states = all_branch_states(model, collate(TREES, "shared", pad=0))
+    output = model(
+        input_ids=torch.tensor([TREES[0]["prompt_ids"] + TREES[0]["branch_ids"][1]]), output_hidden_states=True
+    )
+    for found, wanted in zip(states, output.hidden_states[1:], strict=True):
+        torch.testing.assert_close(found[3:5], wanted[0, 3:5], rtol=1e-5, atol=1e-6)
+
+
 def test_a_shared_row_holds_its_prompt_once():
     assert collate(TREES[:1], "shared", pad=0)["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 2, 11, 2]]
     assert collate(TREES[:1], "shared", pad=0)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5]]
@@ -110,9 +128,13 @@ def test_models_with_full_attention_share_prompts(kind, attention):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4, "head_dim": 8})],
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("mistral", {"sliding_window": 40}),
+        ("gemma2", {"sliding_window": 40, "head_dim": 8}),
+    ],
 )
-def test_models_with_windows_do_not_share_prompts(kind, options):
+def test_models_with_windows_do_not_share_prompts_even_if_the_first_row_is_short(kind, options):
     assert not shares_prompts(model_of(kind, **options), TREES[0], pad=0)
 
 

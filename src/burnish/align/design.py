@@ -109,7 +109,7 @@ def g_optimal_design(
 
     Example:
         >>> triangle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]])
-        >>> g_optimal_design(triangle).weights
+        >>> g_optimal_design(triangle, tolerance=1e-6).weights
         tensor([0.3333, 0.3333, 0.3333], dtype=torch.float64)
 
     Source: arXiv 2601.08421 (ours, see the module). Working sets and the multiplicative step with an exponent are ours.

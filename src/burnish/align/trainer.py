@@ -414,16 +414,23 @@ def _by_tree(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 
 def with_mismatched(rows: Dataset) -> Dataset:
-    """Rows of one completion with that of the row before as a second one, from which KTO estimates the KL divergence.
+    """Rows of one completion with that of the nearest row before that has another prompt as a second one, from which
+    KTO estimates the KL divergence.
 
     The pairing belongs to the data, not to a batch, so that rows can be shuffled and looked up.
     """
-    branches = rows["branch_ids"]
+    branches, prompts = rows["branch_ids"], rows["prompt_ids"]
     if len(branches[0]) > 1:
         return rows
-    if len(branches) < 2:
-        raise ValueError("kto: one example has no completion of another prompt: give 2 or more")
-    paired = [[own[0], other[0]] for own, other in zip(branches, [branches[-1], *branches[:-1]], strict=True)]
+    places = range(len(prompts))
+    last = next((place for place in reversed(places) if prompts[place] != prompts[0]), None)
+    if last is None:
+        raise ValueError("kto: all rows have one prompt, and no completion of another: give rows of 2 prompts or more")
+    paired = []
+    for place in places:
+        if place > 0 and prompts[place - 1] != prompts[place]:
+            last = place - 1
+        paired.append([branches[place][0], branches[last][0]])
     return rows.remove_columns("branch_ids").add_column("branch_ids", paired)
 
 
