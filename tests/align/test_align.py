@@ -624,3 +624,7 @@ def test_u13_1_steps_defaults_and_the_forecast(run: Run, prompts: Path, tmp_path
     adapters = 3 * 16 * (4 * 32 + 2 * 16 + 2 * 32 + 3 * 32 + 3 * 48)
     assert dry(**online | LORA)["forecast"]["memory_bytes"] == 4 * weights + 16 * adapters
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_length_is_what_the_model_has(run: Run, tmp_path: Path) -> None:
+    assert run(tmp_path / "out", max_length=None, dry_run=True).record["options"]["max_length"] == 128

@@ -397,6 +397,17 @@ def test_every_draw_has_a_seed_of_its_own(model_dir, tmp_path):
     assert len(seeds[0]) == 4 and len({*seeds[0], *seeds[1]}) == 8
 
 
+def test_evaluations_draw_alike_at_every_step(model_dir, tmp_path):
+    rows = [{"prompt_ids": [1, 10, 20 + place]} for place in range(4)]
+    trainer = trainer_of(model_dir, tmp_path, objective("rkl"), rows, rollout=count_of_a, eval_dataset=rows,
+                         changes={"max_steps": 3, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1,
+                                  "per_device_eval_batch_size": 2})  # fmt: skip
+    trainer.train()
+    lengths = logged(trainer, "eval_entropy")
+    assert len(lengths) == 3 and len(set(lengths)) == 1
+    assert len(set(logged(trainer, "entropy"))) == 3
+
+
 def test_a_kl_weight_needs_something_to_draw_with(model_dir, tmp_path):
     with pytest.raises(ValueError, match="pmle needs completions of the policy: give rollout"):
         trainer_of(model_dir, tmp_path, objective("pmle", kl=0.1))

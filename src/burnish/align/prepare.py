@@ -57,6 +57,8 @@ SHAPING = ("reward_scale", "reward_clip", "missing_end_penalty")
 LABELLING = ("labels", "label_scale")
 OF_ROUNDS = ("sampler", "accumulate", "warm_start", "prompts_per_round", "num_features", "eval_prompts")
 ONLINE_LABELS = ("hard", "soft", "sampled", "best-worst")
+LENGTH = 1024
+"""Tokens of a prompt with a completion, where nothing is said and the model has as many positions."""
 COUNTS = ("batch_size", "gradient_accumulation", "eval_samples", "steps", "eval_every", "checkpoint_every")
 LR = {False: 1e-6, True: 1e-5}
 """For all weights of a model, and for LoRA."""
@@ -163,6 +165,8 @@ def prepare(options: dict[str, Any]) -> Job:
     load_data = _loader(bound, options["rounds"])
     source, trust = Checkpoint.open(options["model"]), bool(options["trust_remote_code"])
     config, tokenizer = load_config(source, trust_remote_code=trust), load_tokenizer(source, trust_remote_code=trust)
+    if options["max_length"] is None:
+        options |= {"max_length": min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)}
     require_length(source.name, config, options["max_length"])
     _require_place(options["reference_logps"])
     found = list(load_data(options["dataset"], split=options["split"]))

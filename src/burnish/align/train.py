@@ -132,7 +132,7 @@ def align(
     eval_prompts: int | None = None,
     steps: int | None = None,
     epochs: float | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     batch_size: int = 8,
     gradient_accumulation: int = 1,
     layout: str = "auto",
@@ -201,7 +201,7 @@ def align(
         steps: optimizer steps (of each round); None follows from `epochs`.
         epochs: passes over the rows, in place of `steps`; 1 where both are None.
         max_length: tokens of a prompt with a completion; completions lose their end, prompts that do not fit are
-            dropped.
+            dropped. None is 1024, or what the model has.
         batch_size: rows per process and forward pass.
         gradient_accumulation: passes per step.
         layout: how a batch is laid out: "auto", "padded", "shared" (prompts once) or "packed".

@@ -107,7 +107,7 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
         self.counts: dict[str, Counts] = {}
         self._sharing, self._ready = False, False
         self._names: tuple[str, ...] = ()
-        self._draws = (-1, 0)
+        self._draws = (-1, False, 0)
         args = args or DPOConfig("aligned")
         # Completions that are drawn, and distributions of tokens, need the reference beside the policy; for all other
         # rows it is looked up.
@@ -194,9 +194,12 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
     def _drawn(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Completions of the batch's prompts from the policy as it is now."""
         assert self.rollout is not None
-        step, count = self._draws
-        self._draws = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
-        seed = hash((self.args.seed, *self._draws, self.accelerator.process_index, self.model.training))
+        now, training = self.state.global_step, self.model.training
+        *before, count = self._draws
+        count = count + 1 if before == [now, training] else 0
+        self._draws = (now, training, count)
+        # Evaluations draw alike at every step, so that they can be compared.
+        seed = hash((self.args.seed, now if training else -1, training, count, self.accelerator.process_index))
         policy = self.accelerator.unwrap_model(self.model)
         with _evaluating(policy), random_state_kept():
             rows = self.rollout(policy, inputs["rows"], seed % 2**63)

@@ -99,7 +99,10 @@ def align(
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the rows, in place of --steps.", show_default=False)
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of a prompt with a completion.")] = 1024,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prompt with a completion.", show_default="1024, or what the model has"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per process at a time.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     layout: Annotated[str, typer.Option(help="Of a batch: auto, padded, shared or packed.")] = "auto",
