@@ -105,6 +105,15 @@ def test_the_page_of_a_run_has_a_section_of_its_rounds(make_distillation: Callab
     assert page.index("<h2>Rounds</h2>") < page.index("<h2>How it was made</h2>")
 
 
+def test_lines_of_rounds_are_not_repeated_among_the_facts(make_distillation: Callable[..., Path]) -> None:
+    directory = make_distillation()
+    record = json.loads((directory / "burnish.json").read_text())
+    record["training"] |= {"rounds": [{"rounds": 7, "reward": 0.125}], "mode": "rounds"}
+    (directory / "burnish.json").write_text(json.dumps(record))
+    page = render(read_run(directory))
+    assert "<dt>mode</dt>" in page and "0.125" not in page
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [({"kl": "x"}, "kl: "), ({"reward": float("nan")}, "reward: "), ({"rounds": None}, "rounds: ")],

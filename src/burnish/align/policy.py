@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from burnish.align.features import pooled_states
+from burnish.align.reference import sequence_logps
 from burnish.align.sample import Completions, Sampler, end_tokens, sample
-from burnish.align.trees import Tree, branch_logps, collate
+from burnish.align.trees import Tree
 from burnish.checkpoint import Checkpoint
 from burnish.checkpoint.load import foreign_bars_hidden, load_model
 from burnish.errors import CheckpointError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTERS_FILE, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-Seen = Callable[["PreTrainedModel", Sequence[Tree]], Tensor]
 
 
 class Policy:
@@ -77,21 +77,21 @@ class Policy:
 
     def logps(self, trees: Sequence[Tree], *, of_reference: bool = False) -> list[list[float]]:
         """Log-probability of each completion given its prompt, summed over its tokens."""
+        model = self.reference if of_reference and self.reference is not None else self.model
+        rows = max(1, self.batch_size // max(len(tree["branch_ids"]) for tree in trees))
+        return sequence_logps(model, trees, pad=self.ends[0], batch_size=rows, adapters=not of_reference)
 
-        def seen(model: PreTrainedModel, batch: Sequence[Tree]) -> Tensor:
-            device = next(model.parameters()).device
-            tensors = {key: value.to(device) for key, value in collate(batch, "padded", pad=self.ends[0]).items()}
-            return branch_logps(model, tensors)
-
-        return [values.tolist() for values in self._seen(trees, seen, of_reference=of_reference)]
-
+    @torch.no_grad()
     def reference_states(self, trees: Sequence[Tree]) -> list[Tensor]:
         """What each completion looks like to the reference, Tensors `[completions, hidden]`; see `pooled_states`."""
-
-        def seen(model: PreTrainedModel, batch: Sequence[Tree]) -> Tensor:
-            return pooled_states(model, batch, pad=self.ends[0])
-
-        return self._seen(trees, seen, of_reference=True)
+        order = sorted(range(len(trees)), key=lambda place: _length(trees[place]))
+        found: dict[int, Tensor] = {}
+        with self._as_reference() as model:
+            for batch in _batches(order, trees, self.batch_size):
+                states = pooled_states(model, [trees[place] for place in batch], pad=self.ends[0]).cpu()
+                sizes = [len(trees[place]["branch_ids"]) for place in batch]
+                found |= dict(zip(batch, torch.split(states, sizes), strict=True))
+        return [found[place] for place in range(len(trees))]
 
     def save(self, directory: Path) -> None:
         """Write the weights: adapters as PEFT writes them, or the whole model with its tokenizer."""
@@ -141,33 +141,17 @@ class Policy:
     def _plain(self, model: Any) -> Any:
         return model.get_base_model() if self.adapters and model is self.model else model
 
-    @torch.no_grad()
-    def _seen(self, trees: Sequence[Tree], see: Seen, *, of_reference: bool) -> list[Tensor]:
-        """What `see` gives for the completions of each tree, in batches of similar length."""
-        order = sorted(range(len(trees)), key=lambda place: _length(trees[place]))
-        found: dict[int, Tensor] = {}
-        with self._evaluated(of_reference=of_reference) as model:
-            for batch in _batches(order, trees, self.batch_size):
-                values = see(model, [trees[place] for place in batch]).cpu()
-                sizes = [len(trees[place]["branch_ids"]) for place in batch]
-                found |= dict(zip(batch, torch.split(values, sizes), strict=True))
-        return [found[place] for place in range(len(trees))]
-
     @contextmanager
-    def _evaluated(self, *, of_reference: bool) -> Iterator[Any]:
-        """The model to look at, in evaluation mode, its adapters off where they make the difference."""
-        if of_reference and self.reference is not None:
+    def _as_reference(self) -> Iterator[Any]:
+        """The reference in evaluation mode: a model of its own, or the model with its adapters off."""
+        if self.reference is not None:
             yield self.reference
             return
-        model = self._plain(self.model)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
         try:
-            if of_reference:
-                with self.model.disable_adapter():
-                    yield model
-            else:
-                yield model
+            with self.model.disable_adapter():
+                yield self._plain(self.model)
         finally:
             for module, training in modes:
                 module.training = training

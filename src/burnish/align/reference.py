@@ -167,9 +167,10 @@ def sequence_logps(
     batch_size: int,
     dtype: str = "float32",
     temperature: float = 1.0,
+    adapters: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
-    """Log-probability of each completion given its prompt, summed over its tokens; adapters are off, so is dropout.
+    """Log-probability of each completion given its prompt, summed over its tokens; dropout is off.
 
     Args:
         model: a causal language model, or one with PEFT's adapters.
@@ -178,6 +179,7 @@ def sequence_logps(
         batch_size: rows at a time; those of a length are put together.
         dtype: of the forward pass; "bfloat16" and "float16" run it in mixed precision.
         temperature: logits are divided by it.
+        adapters: False leaves them out: the reference.
         advance: called with the number of rows done.
     """
     lengths = [len(row["prompt_ids"]) + max(map(len, row["branch_ids"])) for row in rows]
@@ -185,7 +187,8 @@ def sequence_logps(
     device, training = next(model.parameters()).device, model.training
     mixed = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     found: list[list[float]] = [[] for _ in lengths]
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext(), mixed:
+    off = hasattr(model, "disable_adapter") and not adapters
+    with model.disable_adapter() if off else nullcontext(), mixed:
         model.eval()
         try:
             sharing = len(rows) > 0 and shares_prompts(model, rows[0], pad=pad)
