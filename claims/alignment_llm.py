@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import DPOConfig
 
 from burnish.align.assess import Observed, assess
 from burnish.align.labels import reward_labels
@@ -38,7 +37,6 @@ from burnish.align.options import RoundOptions
 from burnish.align.policy import Policy
 from burnish.align.reward import rewards_of
 from burnish.align.sample import text_of
-from burnish.align.trainer import PreferenceTrainer
 from burnish.align.trees import branch_logps, collate
 from burnish.checkpoint import Checkpoint
 from burnish.runs.claims import Claim, Measurement, Verdict
@@ -180,6 +178,10 @@ class Bench:
         return StepSampler(self.tokenizer, self.chats, options, self.reward)
 
     def train(self, way: Bound, rows: list[dict[str, Any]], rollout: Any = None, *, steps: int | None = None) -> None:
+        from trl import DPOConfig  # not needed to print the board
+
+        from burnish.align.trainer import PreferenceTrainer
+
         args = DPOConfig(
             str(self.scratch / "trainer"), max_steps=steps or self.scale.steps, learning_rate=self.scale.lr,
             per_device_train_batch_size=self.scale.prompts, lr_scheduler_type="constant",
