@@ -77,7 +77,7 @@ class Scale:
         return {"max_new_tokens": self.tokens, "temperature": 1.0, "top_p": 1.0}
 
 
-CPU = Scale("cpu", steps=18, prompts=16, tokens=16, held_out=128, lr=3e-4, device="cpu")
+CPU = Scale("cpu", steps=18, prompts=16, tokens=16, held_out=128, lr=1e-3, device="cpu")
 H100 = Scale("h100", steps=120, prompts=64, tokens=48, held_out=400, lr=3e-4, device="cuda")
 
 
