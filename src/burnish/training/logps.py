@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from burnish.training.chunked import CHUNK_BYTES, add_product
+from burnish.training.chunked import add_product
 from burnish.training.head import unchanged
 
 Finish = Callable[[Tensor], Tensor]
 """What a model does to projected states: a scale, a soft cap, or nothing."""
+
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits of one chunk, beside which it holds them once in the type of the head, and their gradient."""
 
 Readout = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 """(logits [chunk, vocab], float32 at least, which it may overwrite; which tokens; whether their gradient is wanted) ->
