@@ -229,7 +229,7 @@ def test_u8_1_reference_log_probabilities_are_computed_once_and_read_after_that(
     assert first.history == whole.history and hashes(tmp_path / "a") == hashes(whole.out)
     settings = ReferenceLogps.load(file).settings
     assert settings["max_length"] == 32 and settings["dtype"] == "float32" and len(settings["weights"]) == 32
-    monkeypatch.setattr("burnish.align.train.computed", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr("burnish.align.run.computed", lambda *_, **__: pytest.fail("computed again"))
     second = run(tmp_path / "b", reference_logps=file)
     assert second.history == whole.history
     with pytest.raises(ResumeMismatchError, match=r"another run: max_length was 32, is 30"):

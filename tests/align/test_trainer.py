@@ -380,12 +380,29 @@ def test_pairs_that_are_drawn_estimate_the_divergence_themselves(model_dir, tmp_
     rewards = torch.tensor([row["rewards"] for row in drawn])
     pairs = objective("pd")({"chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1], "labels": torch.ones(4),
                              "chosen_rewards": rewards[:, 0], "rejected_rewards": rewards[:, 1]})  # fmt: skip
+    assert logged(trainer) == [pytest.approx(float(pairs.mean() + 2 * ratio.mean()), rel=1e-4)]
     kl = ((ratio - ratio.flip(1)) * logps).mean(1)
     model.zero_grad()
     (pairs.mean() + 2 * kl.mean()).backward()
     for name, tensor in before.items():
         wanted = tensor - 0.1 * model.get_parameter(name).grad
         torch.testing.assert_close(after[name], wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_prompts_weigh_alike_however_many_pairs_are_drawn(model_dir, tmp_path):
+    rows, ends = [{"prompt_ids": [1, 10, 20 + place]} for place in range(3)], []
+    for times in (1, 2):
+
+        def drawn(policy, rows, seed, times=times):
+            found = count_of_a(policy, rows, 0)
+            return [row | {"branch_ids": row["branch_ids"][:2], "rewards": row["rewards"][:2]} for row in found] * times
+
+        trainer = trainer_of(model_dir, tmp_path / str(times), "simpo", rows, rollout=drawn,
+                             changes=ONE_STEP | {"per_device_train_batch_size": 3, "learning_rate": 0.1})  # fmt: skip
+        trainer.train()
+        ends.append(weights(trainer))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_every_draw_has_a_seed_of_its_own(model_dir, tmp_path):
@@ -497,6 +514,19 @@ def test_the_entropy_of_single_tokens_can_be_chosen(model_dir, tmp_path):
         torch.testing.assert_close(trainer.model.get_parameter(name).detach(), wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_what_is_to_be_forgotten_needs_no_label(model_dir, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    trainer = trainer_of(model_dir, tmp_path, "npo", rows, changes={"max_steps": 1})
+    trainer.train()
+    assert logged(trainer) == [pytest.approx(20 * math.log(2), rel=1e-6)]
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.3}, {"loss_type": "ipo"}, {"sync_ref_model": True}, {"ld_alpha": 0.5}])
+def test_arguments_of_trl_without_effect_are_refused(model_dir, tmp_path, changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* of DPOConfig has no effect here"):
+        trainer_of(model_dir, tmp_path, changes=changes)
+
+
 def test_an_unknown_layout_is_refused(model_dir, tmp_path):
     with pytest.raises(ValueError, match="layout='tree': choose auto, padded, shared, packed"):
         trainer_of(model_dir, tmp_path, layout="tree")
@@ -512,9 +542,11 @@ def test_u9_3_a_malformed_row_is_named(model_dir, tmp_path):
 def test_u11_2_no_telemetry_is_sent(model_dir, tmp_path, monkeypatch):
     import trl.trainer.base_trainer as base
 
-    monkeypatch.setattr(base, "send_telemetry", lambda **_: pytest.fail("telemetry"))
+    sent = []
+    monkeypatch.setattr(base, "send_telemetry", lambda **told: sent.append(told))
     monkeypatch.delenv("CI", raising=False)
     trainer_of(model_dir, tmp_path, changes={"max_steps": 1}).train()
+    assert sent == []
 
 
 def test_u12_2_the_global_random_state_is_left_alone(model_dir, tmp_path):

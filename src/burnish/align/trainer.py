@@ -34,7 +34,7 @@ from burnish.align.trees import (
     shares_prompts,
     tensors_of,
 )
-from burnish.data.preferences import PAIRS, PROMPTS, UNPAIRED, Counts, encode_preferences
+from burnish.data.preferences import COMPLETIONS, PAIRS, PROMPTS, UNPAIRED, Counts, encode_preferences
 from burnish.runs.randomness import random_state_kept
 from burnish.training.head import language_head, require_head
 from burnish.training.trainer import TokenTrainer
@@ -45,19 +45,25 @@ Rollout = Callable[[PreTrainedModel, Rows, int], Rows]
 `rewards`, `label`."""
 
 PROBE_TOKENS = 16
-LAYOUTS = {"pairs": PAIRS, "scored pairs": PAIRS, "unpaired": UNPAIRED, "forget": UNPAIRED, "samples": PROMPTS}
+LAYOUTS = {"pairs": PAIRS, "scored pairs": PAIRS, "unpaired": UNPAIRED, "forget": COMPLETIONS, "samples": PROMPTS}
+UNUSED = (
+    "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
+    "use_weighting", "discopop_tau", "sync_ref_model", "padding_free", "truncation_mode", "pad_to_multiple_of",
+)  # fmt: skip
+"""Arguments of TRL that have no effect here."""
 COLUMNS = ("prompt_ids", "branch_ids", "label", "rewards", "ref_logps", "similarity", "annotator", "row")
 
 
 class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
     """Trains on an objective of sequence log-probabilities; logits never exist whole.
 
-    A `trl.DPOTrainer`: models by name, `peft_config`, FSDP2, DeepSpeed and all arguments of `DPOConfig` that do not
-    choose its loss work as there. What differs: the loss is an objective of `burnish.align.objectives`; each pair has a
-    soft label; the reference's log-probabilities are computed once before training and no reference model is kept
-    (unless completions are drawn while training); a prompt is computed once for all its completions where the model
-    allows it; the loss is a mean over the pairs of an optimizer step, accumulated and distributed ones included; no
-    telemetry is sent and no model card is written.
+    A `trl.DPOTrainer`: models by name, `peft_config`, checkpoints, loggers and the distributed set-ups are its own
+    (tried: replicas, and gradients under FSDP2; not tried: DeepSpeed, FSDP by `Trainer`). What differs: the loss is an
+    objective of `burnish.align.objectives`; each pair has a soft label; the reference's log-probabilities are computed
+    once before training and no reference model is kept (unless completions are drawn, or distributions of tokens read,
+    while training); a prompt is computed once for all its completions where the model allows it; the loss is a mean
+    over the rows of an optimizer step, accumulated and distributed ones included; no telemetry is sent and no model
+    card is written; a Mixture of Experts gets no router loss.
 
     Rows are `prompt`, `chosen`, `rejected` as everywhere (see `burnish.data.preferences`), or already encoded:
     `prompt_ids`, `branch_ids` (a list of completions in tokens: chosen and rejected; or one; or several samples), and
@@ -66,7 +72,8 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
     Args:
         model: a causal language model, one with PEFT's adapters, or a name to load.
         objective: name, or an objective with its options.
-        args: `DPOConfig`; its `loss_type`, `beta` and other options of the loss are not used.
+        args: `DPOConfig`; what chooses its loss or its batches (`UNUSED`) is refused, `precompute_ref_log_probs` is set
+            here, and `max_length` is for rows that are not encoded yet.
         train_dataset, eval_dataset: map-style data sets or lists of rows.
         retain_dataset: rows of what unlearning is to keep; each row of `train_dataset` gets one of them, in turn.
         layout: "padded", "shared", "packed" (see `burnish.align.trees`), or "auto": shared where the model proves on
@@ -109,6 +116,7 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
         self._names: tuple[str, ...] = ()
         self._draws = (-1, False, 0)
         args = args or DPOConfig("aligned")
+        _refuse_unused(args)
         # Completions that are drawn, and distributions of tokens, need the reference beside the policy; for all other
         # rows it is looked up.
         beside = rollout is not None or any(name in self.objective.inputs for name in ("chosen_token_kl", "retain_kl"))
@@ -145,30 +153,29 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
         logps = _by_tree(values, batch)  # [trees, branches]
         reference = self._reference(model, batch)
         available = self._available(batch, logps, reference) | of_tokens | self._retained(model, batch)
-        losses = self.objective(available)
-        total = losses.sum()
-        observed = {"loss": losses.detach(), **_observed(self.objective, available)}
+        losses, observed = self.objective(available), _observed(self.objective, available)
         if self.objective.kl:
             samples, sampled_reference = logps, reference
             if drawn is not None and batch is not drawn:
                 samples = _by_tree(model(trees=tensors_of(drawn)), drawn)
                 sampled_reference = self._reference(model, drawn)
             assert sampled_reference is not None
-            penalty = on_policy_kl(samples, sampled_reference)
-            total = total + self.objective.kl * penalty.sum()
+            losses = losses + self.objective.kl * on_policy_kl(samples, sampled_reference)
             observed["kl"] = (samples.detach() - sampled_reference).mean(1)
         if "annotators" in batch and model.training:
             posteriors = self.accelerator.gather(self.objective.label_posterior(available))
             self.reliabilities.update(self.accelerator.gather(batch["annotators"]), posteriors)
+        observed["loss"] = losses.detach()
         self._names = tuple(observed)
         sums = [value.double().sum() for value in observed.values()]
+        # Trainer counts the rows that it gave: where more pairs than prompts are drawn, these share a prompt's weight.
+        total = losses.sum() * (len(inputs["labels"]) / len(losses))
         return total, torch.stack([*sums, sums[0].new_tensor(float(len(losses)))])
 
     def means(self, sums: list[float], *, training: bool) -> dict[str, float]:
         """Means per pair (prompt, example), under the names that TRL logs."""
         *found, count = sums
-        means = {name: value / count for name, value in zip(self._names, found, strict=True)}
-        return {name: value for name, value in means.items() if not (training and name == "loss")}
+        return {name: value / count for name, value in zip(self._names, found, strict=True)}
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows as a batch: a forest, and what belongs to each of its trees and branches."""
@@ -363,6 +370,16 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """None is sent."""
+
+
+def _refuse_unused(args: DPOConfig) -> None:
+    plain = DPOConfig(args.output_dir, use_cpu=args.use_cpu, bf16=False)
+    for name in UNUSED:
+        value = getattr(args, name)
+        if value != getattr(plain, name):
+            raise ValueError(
+                f"{name}={value!r} of DPOConfig has no effect here: options of the loss are the objective's"
+            )
 
 
 def _take_trees(model: Any, temperature: float) -> None:
