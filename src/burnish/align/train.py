@@ -234,7 +234,7 @@ def align(
     with staged(out, _fingerprint(job), device=job.device, overwrite=overwrite, resume=resume) as staging:
         run = Run(job, staging, record, list(callbacks), progress)
         history, told = run.rounds() if job.mode == "rounds" else (run.steps(), [])
-    return AlignResult(out, record, tuple(history), tuple(told))
+    return AlignResult(out, ranks.of_first(record), tuple(history), tuple(told))
 
 
 def _new_record(job: Job, started: str) -> dict[str, Any]:

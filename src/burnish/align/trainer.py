@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from burnish.align.objectives import Bound, activation_mask, kto_kl, on_policy_kl
@@ -58,12 +59,12 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
     """Trains on an objective of sequence log-probabilities; logits never exist whole.
 
     A `trl.DPOTrainer`: models by name, `peft_config`, checkpoints, loggers and the distributed set-ups are its own
-    (tried: replicas, and gradients under FSDP2; not tried: DeepSpeed, FSDP by `Trainer`). What differs: the loss is an
-    objective of `burnish.align.objectives`; each pair has a soft label; the reference's log-probabilities are computed
-    once before training and no reference model is kept (unless completions are drawn, or distributions of tokens read,
-    while training); a prompt is computed once for all its completions where the model allows it; the loss is a mean
-    over the rows of an optimizer step, accumulated and distributed ones included; no telemetry is sent and no model
-    card is written; a Mixture of Experts gets no router loss.
+    (tried: replicas, DeepSpeed's ZeRO-2 and ZeRO-3, gradients under FSDP2; not tried: FSDP by `Trainer`). What differs:
+    the loss is an objective of `burnish.align.objectives`; each pair has a soft label; the reference's
+    log-probabilities are computed once before training and no reference model is kept (unless completions are drawn, or
+    distributions of tokens read, while training); a prompt is computed once for all its completions where the model
+    allows it; the loss is a mean over the rows of an optimizer step, accumulated and distributed ones included; no
+    telemetry is sent and no model card is written; a Mixture of Experts gets no router loss.
 
     Rows are `prompt`, `chosen`, `rejected` as everywhere (see `burnish.data.preferences`), or already encoded:
     `prompt_ids`, `branch_ids` (a list of completions in tokens: chosen and rejected; or one; or several samples), and
@@ -207,8 +208,12 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
         self._draws = (now, training, count)
         # Evaluations draw alike at every step, so that they can be compared.
         seed = hash((self.args.seed, now if training else -1, training, count, self.accelerator.process_index))
-        policy = self.accelerator.unwrap_model(self.model)
-        with _evaluating(policy), random_state_kept():
+        whole = unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+        with _evaluating(self.model), random_state_kept(), whole as policy:
             rows = self.rollout(policy, inputs["rows"], seed % 2**63)
         batch = self.collate(rows)
         batch.pop("rows")
@@ -334,9 +339,15 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
         loader = self.accelerator.prepare(
             DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         )
+        model = self.model
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            # The weights are in their places, and whole where they are used, only inside an engine.
+            if self._precompute_engine is None:
+                self._precompute_engine: Any = prepare_deepspeed(model, self.accelerator)
+            model = self._precompute_engine
         found = []
         for batch in loader:
-            logps = self._computed_reference(self.model, self._prepare_inputs(batch))
+            logps = self._computed_reference(model, self._prepare_inputs(batch))
             found.append(self.accelerator.gather_for_metrics(logps).cpu())
         return dataset.add_column("ref_logps", torch.cat(found).tolist())
 

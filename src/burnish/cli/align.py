@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from burnish.cli.outcome import show
+
 
 def _list_objectives(value: bool) -> None:
     if value:
@@ -147,8 +149,6 @@ def align(
 
     Example: burnish align sft --objective pd --dataset prompts.jsonl --reward-model rm --rounds 3 --out aligned
     """
-    import json
-
     from burnish.align import align as run
     from burnish.runs import Progress
 
@@ -216,10 +216,7 @@ def align(
         trust_remote_code=trust_remote_code,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(result.summary())
+    show(result, as_json=as_json)
 
 
 def _options(settings: list[str]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import show
+
 
 def densify(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of the Mixture-of-Experts model.")],
@@ -53,8 +55,6 @@ def densify(
 
     Example: burnish densify Qwen/Qwen3-30B-A3B --out qwen3-dense --score do-acp --num-samples 128
     """
-    import json
-
     from burnish.densify import densify as run
     from burnish.runs import Progress
 
@@ -84,7 +84,4 @@ def densify(
         init=init,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(result.summary())
+    show(result, as_json=as_json)

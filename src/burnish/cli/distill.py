@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import show
+
 
 def distill(
     student: Annotated[str, typer.Argument(help="Directory or Hub id of the model to train.")],
@@ -73,8 +75,6 @@ def distill(
 
     Example: burnish distill qwen3-dense --teacher Qwen/Qwen3-30B-A3B --tokens 4B --out qwen3-distilled
     """
-    import json
-
     from burnish.distill import distill as run
     from burnish.runs import Progress
 
@@ -118,7 +118,4 @@ def distill(
         trust_remote_code=trust_remote_code,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(result.summary())
+    show(result, as_json=as_json)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import as_text, show_table
+
 
 def evaluate(
     model: Annotated[
@@ -63,10 +65,6 @@ def evaluate(
     if update_card and not after:
         raise ValueError("--update-card writes a comparison: give --before and --after")
 
-    import json
-
-    from rich.console import Console
-
     from burnish.evaluate import evaluate as run
     from burnish.evaluate.card import require_card
     from burnish.evaluate.card import update_card as write_card
@@ -103,12 +101,9 @@ def evaluate(
     for directory in after or [] if update_card else []:
         write_card(directory, result)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-        return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width, and the default of 80 folds the numbers
-    console.print(result.table())
+        typer.echo(as_text(result.to_dict()))
+    else:
+        show_table(result.table())
 
 
 def _numbers(text: str) -> list[int]:

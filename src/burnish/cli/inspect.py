@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import as_text, show_table
+
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of the Mixture-of-Experts model.")],
@@ -27,10 +29,6 @@ def inspect(
 
     Example: burnish inspect Qwen/Qwen3-30B-A3B --engine vllm
     """
-    import json
-
-    from rich.console import Console
-
     from burnish.densify.inspect import inspect as run
 
     result = run(
@@ -43,9 +41,6 @@ def inspect(
         engines=engine or (),
     )
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-        return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width, and the default of 80 folds the numbers
-    console.print(result.table())
+        typer.echo(as_text(result.to_dict()))
+    else:
+        show_table(result.table())

@@ -78,6 +78,7 @@ def run(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     try:
         code = get_command(app)(args=words, prog_name="burnish", standalone_mode=not words)
+        _leave_ranks()
     except UsageError as error:
         path = error.ctx.command_path if error.ctx else "burnish"
         _fail(f"{error.format_message().rstrip('.')}; see {path} --help", 2, debug)
@@ -90,6 +91,14 @@ def run(arguments: list[str] | None = None) -> None:
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code
         sys.stderr.write("burnish: interrupted; run the same command again to go on where it stopped\n")
     raise SystemExit(code or 0)
+
+
+def _leave_ranks() -> None:
+    """Without it a process of torchrun may abort when it ends."""
+    if "torch" in sys.modules:
+        from burnish.runs import ranks
+
+        ranks.leave_ranks()
 
 
 def _with_hyphens(word: str) -> str:

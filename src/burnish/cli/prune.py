@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import show
+
 
 def prune(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of a dense model.")],
@@ -51,8 +53,6 @@ def prune(
 
     Example: burnish prune Qwen/Qwen3-8B --out qwen3-4b --parameters 4B
     """
-    import json
-
     from burnish.prune import prune as run
     from burnish.runs import Progress
 
@@ -81,7 +81,4 @@ def prune(
         revision=revision,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(result.summary())
+    show(result, as_json=as_json)

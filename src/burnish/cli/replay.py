@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import show
+
 
 def replay(
     trajectory: Annotated[Path, typer.Argument(help="trajectory.jsonl of burnish tune, or the directory it lies in.")],
@@ -24,8 +26,6 @@ def replay(
 
     Example: burnish replay trajectory.jsonl facebook/opt-1.3b --out tuned
     """
-    import json
-
     from burnish.runs import Progress
     from burnish.tune import replay as run
 
@@ -40,7 +40,4 @@ def replay(
         trust_remote_code=trust_remote_code,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(result.summary())
+    show(result, as_json=as_json)

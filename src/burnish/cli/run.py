@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import show, show_table
+
 
 def run_recipe(
     recipe: Annotated[
@@ -43,8 +45,6 @@ def run_recipe(
     if recipe is None or out is None:
         raise ValueError("expected a recipe and --out DIR; burnish run --list shows the shipped recipes")
 
-    from rich.console import Console
-
     from burnish.runs import Progress
 
     result = run(
@@ -56,13 +56,7 @@ def run_recipe(
         resume=resume,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-        return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width, and the default of 80 folds the numbers
     for step in result.results.values():
-        if hasattr(step, "table"):
-            console.print(step.table())
-    typer.echo(result.summary())
+        if hasattr(step, "table") and not as_json:
+            show_table(step.table())
+    show(result, as_json=as_json)

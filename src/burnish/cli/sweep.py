@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import as_text, show_table
+
 
 def sweep(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of the Mixture-of-Experts model.")],
@@ -62,10 +64,6 @@ def sweep(
 
     Example: burnish sweep Qwen/Qwen3-30B-A3B --out sweep --finalists 4 --tokens 10M
     """
-    import json
-
-    from rich.console import Console
-
     from burnish.recipes.sweep import sweep as run
     from burnish.runs import Progress
 
@@ -98,13 +96,10 @@ def sweep(
     )
     if as_json:
         shown = {"out": str(result.out) if result.out else None, "record": result.record, **result.to_dict()}
-        typer.echo(json.dumps(shown, ensure_ascii=False, allow_nan=False))
+        typer.echo(as_text(shown))
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width, and the default of 80 folds the numbers
     if result.rows:
-        console.print(result.table())
+        show_table(result.table())
     typer.echo(result.summary())
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from burnish.cli.outcome import show
+
 
 def tune(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of the model to tune.")],
@@ -109,8 +111,6 @@ def tune(
 
     Example: burnish tune facebook/opt-1.3b --dataset rows.jsonl --optimizer mezo-bcd --out tuned
     """
-    import json
-
     from burnish.runs import Progress
     from burnish.tune import tune as run
 
@@ -162,7 +162,4 @@ def tune(
         trust_remote_code=trust_remote_code,
         progress=Progress(quiet=quiet or as_json),
     )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(result.summary())
+    show(result, as_json=as_json)

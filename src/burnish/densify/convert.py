@@ -150,8 +150,7 @@ def densify(
     staging = open_staging(out, _fingerprint(job), overwrite=overwrite, resume=resume)
     with staging.explaining("the output"):
         decided = _work(job, staging, record, plan_only, max_shard_bytes, progress)
-    ranks.wait_for_all()
-    return DensifyResult(out, decided, record, job.forecast)
+    return DensifyResult(out, decided, ranks.of_first(record), job.forecast)
 
 
 def _work(

@@ -200,7 +200,7 @@ def distill(
         progress.say(note)
     with staged(out, _fingerprint(job), device=job.device, overwrite=overwrite, resume=resume) as staging:
         history = _work(job, staging, record, list(callbacks), progress)
-    return DistillResult(out, record, tuple(history))
+    return DistillResult(out, ranks.of_first(record), tuple(history))
 
 
 def _new_record(job: Job, started: str) -> dict[str, Any]:

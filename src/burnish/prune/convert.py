@@ -134,8 +134,7 @@ def prune(
     staging = open_staging(out, _fingerprint(job), overwrite=overwrite, resume=resume)
     with staging.explaining("the output"):
         decided = _work(job, staging, record, max_shard_bytes, progress)
-    ranks.wait_for_all()
-    return PruneResult(out, decided, record, job.forecast)
+    return PruneResult(out, decided, ranks.of_first(record), job.forecast)
 
 
 def _work(job: Job, staging: Staging, record: dict[str, Any], max_shard_bytes: int, progress: Progress) -> PrunePlan:

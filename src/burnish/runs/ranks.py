@@ -35,6 +35,17 @@ def join_ranks() -> None:
         dist.init_process_group("gloo")
 
 
+def leave_ranks() -> None:
+    """Leave the process group, where one was joined, when every rank has come here."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def wait_for_all() -> None:
     """Return when every rank has come here."""
     import torch.distributed as dist
@@ -55,3 +66,15 @@ def merge_over_ranks(record: R) -> R:
     for other in gathered[1:]:
         total = total + other
     return total
+
+
+def of_first(record: dict[str, Any]) -> dict[str, Any]:
+    """The first rank's record, on every rank, once all have come here."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return record
+    told: list[Any] = [record]
+    dist.broadcast_object_list(told, src=0)
+    found: dict[str, Any] = told[0]
+    return found

@@ -27,8 +27,8 @@ from burnish.training.trainer import TokenTrainer
 def staged(
     out: Path, fingerprint: Mapping[str, Any], *, device: torch.device, overwrite: bool, resume: bool
 ) -> Iterator[Staging]:
-    """The directory that a training works in, with all ranks joined before and after, other libraries' progress bars
-    hidden, and the global random state put back.
+    """The directory that a training works in, with all ranks joined, other libraries' progress bars hidden, and the
+    global random state put back.
 
     Args:
         out: the output.
@@ -41,7 +41,6 @@ def staged(
     staging = open_staging(out, fingerprint, overwrite=overwrite, resume=resume)
     with staging.explaining("the output"), random_state_kept(), foreign_bars_hidden():
         yield staging
-    ranks.wait_for_all()
 
 
 def arguments(

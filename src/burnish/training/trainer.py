@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
@@ -29,6 +32,9 @@ class TokenTrainer(Trainer):  # type: ignore[misc]
         if "args" in options:
             options["args"].remove_unused_columns = False
         super().__init__(model=model, **options)
+        if self.is_deepspeed_enabled:  # else ZeRO-3 trains to the end and cannot say what came of it
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
         self.remove_callback(PrinterCallback)
         # The loss below is already a mean over all tokens of the step.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -56,7 +62,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]
         """
         training = model.training
         total, sums = self.token_losses(model, inputs)
-        self._add(sums, training=training)
+        self._add(sums if training else torch.cat([total.detach().to(sums)[None], sums]), training=training)
         if num_items_in_batch is None:
             loss = total / sums[-1].clamp(min=1).to(total.dtype)
         else:
@@ -69,36 +75,64 @@ class TokenTrainer(Trainer):  # type: ignore[misc]
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of a batch; logits are never gathered."""
+    ) -> tuple[None, None, None]:
+        """Adds to the sums; neither logits nor losses are gathered."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            self.compute_loss(model, inputs)
+        return None, None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As `Trainer.get_eval_dataloader`, but the ranks share out the rows without giving any of them twice.
+
+        Each takes as many batches as the others, since all have to take part in the passes of a sharded model.
+
+        Raises:
+            ValueError: there are fewer rows than ranks.
+        """
+        ranks = self.accelerator.num_processes
+        if ranks == 1:
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if len(rows) < ranks:
+            raise ValueError(f"{len(rows)} rows to evaluate on for {ranks} processes: give one row for each, or more")
+        turns = min(math.ceil(len(rows) / (ranks * self.args.eval_batch_size)), len(rows) // ranks)
+        batches = np.array_split(range(len(rows)), ranks * turns)[self.accelerator.process_index :: ranks]
+        return DataLoader(
+            rows,
+            batch_sampler=[batch.tolist() for batch in batches],
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """As `Trainer.evaluation_loop`, with the means over all tokens."""
         self._sums[False] = None
         output = super().evaluation_loop(*args, **options)
         prefix = options.get("metric_key_prefix", "eval")
-        found = self._taken_means(training=False)
+        total, *sums = self._taken_sums(training=False)
+        found = {"loss": total / max(sums[-1], 1.0)} | self.means(sums, training=False)
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the means since the last time."""
         if "loss" in logs and self._sums[True] is not None:
-            logs |= self._taken_means(training=True)
+            logs |= self.means(self._taken_sums(training=True), training=True)
         super().log(logs, start_time)
 
     def _add(self, sums: Tensor, *, training: bool) -> None:
         seen = self._sums[training]
         self._sums[training] = sums if seen is None else seen + sums
 
-    def _taken_means(self, *, training: bool) -> dict[str, float]:
+    def _taken_sums(self, *, training: bool) -> list[float]:
+        """Those of all ranks since the last time."""
         sums = self._sums[training]
         assert sums is not None
         self._sums[training] = None
-        return self.means(self.accelerator.reduce(sums).tolist(), training=training)
+        found: list[float] = self.accelerator.reduce(sums).tolist()
+        return found
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

@@ -218,7 +218,7 @@ def tune(
         progress.say(note)
     with staged(out, _fingerprint(job), device=job.device, overwrite=overwrite, resume=resume) as staging:
         history = _work(job, staging, record, list(callbacks), progress)
-    return TuneResult(out, record, tuple(history))
+    return TuneResult(out, ranks.of_first(record), tuple(history))
 
 
 def _new_record(job: Job, started: str) -> dict[str, Any]:
