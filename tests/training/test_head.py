@@ -55,3 +55,26 @@ def test_a_model_that_does_more_after_its_decoder_is_refused(
     monkeypatch.setattr(type(model), "forward", doubled)
     with pytest.raises(UnsupportedModelError, match="cannot be trained in chunks"):
         require_head(model, some_tokens)
+
+
+def test_a_reader_runs_in_a_call_of_the_head(some_tokens: torch.Tensor) -> None:
+    model = build_model("granitemoe")
+    head, calls = language_head(model), []
+    hidden = decoder(model)(input_ids=some_tokens, use_cache=False).last_hidden_state
+    head.linear.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    found = head.read(
+        hidden, lambda states, weight, bias: head.finish(torch.nn.functional.linear(states, weight, bias))
+    )
+    assert len(calls) == 1 and calls[0][0] is hidden
+    assert torch.equal(found, head.logits(hidden)) and "forward" not in vars(head.linear)
+    with torch.no_grad():
+        assert torch.equal(head.gathered()(hidden), head.logits(hidden))
+
+
+def test_a_head_with_a_forward_of_its_own_keeps_it(some_tokens: torch.Tensor) -> None:
+    head = language_head(soft_capped())
+    own = head.linear.forward
+    head.linear.forward = own
+    with pytest.raises(ZeroDivisionError):
+        head.read(torch.zeros(2, 32), lambda states, weight, bias: 1 / 0)
+    assert vars(head.linear)["forward"] is own

@@ -31,7 +31,7 @@ from burnish.data.preferences import Preference
 from burnish.optim.training import trainer_options
 from burnish.runs import Progress, ranks, write_json
 from burnish.training.adapters import NOT_OF_ADAPTERS
-from burnish.training.base import load_base, weights_hash, write_trained
+from burnish.training.base import load_base, weights_hash, whole_weights, write_trained
 from burnish.training.course import METRICS_FILE, Course, Metrics
 from burnish.training.fit import arguments, fit
 from burnish.training.options import EVALUATIONS, steps_of
@@ -81,7 +81,7 @@ class Run:
         prepared = time.perf_counter()
         first_step = fit(trainer, self.staging, "align", self.progress)
         trained = time.perf_counter()
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if job.lora is None else None
+        state = whole_weights(trainer, model, job.lora)
         history = self.course.lines(trainer.state.log_history)
         if ranks.rank() == 0:
             steps = max(job.steps - first_step, 1)
@@ -174,7 +174,8 @@ class Run:
             return None
         return StepSampler(
             job.tokenizer, [row.prompt for row in rows], job.sampling, reward,
-            batch_size=job.options["batch_size"] * job.sampling.samples_per_prompt,
+            # A rank's share of an evaluation may be one row more; all ranks have to draw equally often.
+            batch_size=(job.options["batch_size"] + 1) * job.sampling.samples_per_prompt,
         )  # fmt: skip
 
     def _trainer(

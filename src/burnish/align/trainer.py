@@ -59,12 +59,12 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
     """Trains on an objective of sequence log-probabilities; logits never exist whole.
 
     A `trl.DPOTrainer`: models by name, `peft_config`, checkpoints, loggers and the distributed set-ups are its own
-    (tried: replicas, DeepSpeed's ZeRO-2 and ZeRO-3, gradients under FSDP2; not tried: FSDP by `Trainer`). What differs:
-    the loss is an objective of `burnish.align.objectives`; each pair has a soft label; the reference's
-    log-probabilities are computed once before training and no reference model is kept (unless completions are drawn, or
-    distributions of tokens read, while training); a prompt is computed once for all its completions where the model
-    allows it; the loss is a mean over the rows of an optimizer step, accumulated and distributed ones included; no
-    telemetry is sent and no model card is written; a Mixture of Experts gets no router loss.
+    (tried on CPUs: replicas, FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3). What differs: the loss is an objective of
+    `burnish.align.objectives`; each pair has a soft label; the reference's log-probabilities are computed once before
+    training and no reference model is kept (unless completions are drawn, or distributions of tokens read, while
+    training); a prompt is computed once for all its completions where the model allows it; the loss is a mean over the
+    rows of an optimizer step, accumulated and distributed ones included; no telemetry is sent and no model card is
+    written; a Mixture of Experts gets no router loss.
 
     Rows are `prompt`, `chosen`, `rejected` as everywhere (see `burnish.data.preferences`), or already encoded:
     `prompt_ids`, `branch_ids` (a list of completions in tokens: chosen and rejected; or one; or several samples), and
@@ -273,8 +273,8 @@ class PreferenceTrainer(TokenTrainer, DPOTrainer):  # type: ignore[misc]
         """The reference's logits where the tokens of trees are predicted, a few at a time; and its hidden states."""
         with self._as_reference(model) as reference:
             states = reference(trees=trees, states=True)
-            head = language_head(self.accelerator.unwrap_model(reference))
-        return lambda rows: head.logits(states[-1][rows]), states
+            logits = language_head(self.accelerator.unwrap_model(reference)).gathered()
+        return lambda rows: logits(states[-1][rows]), states
 
     def _token_values(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-probability of each token [tokens], and what objectives of tokens ask for, by branch."""

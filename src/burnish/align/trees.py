@@ -95,7 +95,12 @@ def branch_logps(model: PreTrainedModel, batch: Mapping[str, Tensor], *, tempera
 
 def branch_token_logps(model: PreTrainedModel, batch: Mapping[str, Tensor], *, temperature: float = 1.0) -> Tensor:
     """Log-probability of each token of each branch, Tensor `[tokens]`; arguments as in `branch_logps`."""
-    return _token_logps(model, branch_states(model, batch), batch, temperature)
+    head, token_ids = language_head(model), batch["token_ids"]
+
+    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return token_logps(hidden, weight, bias, token_ids, finish=head.finish, temperature=temperature)
+
+    return head.read(branch_states(model, batch), read)
 
 
 def branch_token_divergences(
@@ -107,16 +112,13 @@ def branch_token_divergences(
         model, batch, temperature: as in `branch_logps`; the divergence is at temperature 1.
         target: which tokens -> logits `[chunk, vocab]`.
     """
-    hidden, head = branch_states(model, batch), language_head(model)
-    divergences = token_divergences(hidden, head.linear.weight, head.linear.bias, target, finish=head.finish)
-    return _token_logps(model, hidden, batch, temperature), divergences
+    head, token_ids = language_head(model), batch["token_ids"]
 
+    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        logps = token_logps(hidden, weight, bias, token_ids, finish=head.finish, temperature=temperature)
+        return logps, token_divergences(hidden, weight, bias, target, finish=head.finish)
 
-def _token_logps(model: PreTrainedModel, hidden: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
-    head = language_head(model)
-    return token_logps(
-        hidden, head.linear.weight, head.linear.bias, batch["token_ids"], finish=head.finish, temperature=temperature
-    )
+    return head.read(branch_states(model, batch), read)
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:

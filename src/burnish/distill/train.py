@@ -30,6 +30,7 @@ from burnish.distill.trainer import DistillTrainer
 from burnish.families.conversion import RECORD_FORMAT, now
 from burnish.optim.training import trainer_options
 from burnish.runs import Progress, environment, ranks
+from burnish.training.base import whole_weights
 from burnish.training.course import METRICS_FILE, Course, Metrics
 from burnish.training.fit import arguments, fit, staged
 from burnish.training.head import require_head
@@ -328,7 +329,7 @@ def _work(
     )
     first_step = fit(trainer, staging, "distill", progress)
     trained = time.perf_counter()
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = whole_weights(trainer, student, None)
     history = course.lines(trainer.state.log_history)
     if ranks.rank() == 0:
         write_weights(job.student, student, state, staging, max_shard_size=job.options["max_shard_size"])

@@ -114,7 +114,7 @@ def _token_losses(
         return _chunk_loss(head.finish(projected).float(), following[rows], target, rows, objective)
 
     hidden = output.last_hidden_state[:, :-1][live]  # [tokens, hidden]
-    total, sums = chunked_loss(hidden, head.linear.weight, head.linear.bias, loss)
+    total, sums = head.read(hidden, lambda states, weight, bias: chunked_loss(states, weight, bias, loss))
     distance = torch.zeros((), device=hidden.device)
     if with_states:
         distance = _states_loss(target.states, [state[:, :-1][live] for state in output.hidden_states])

@@ -145,19 +145,24 @@ def base_name(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path) if Path(checkpoint.name).expanduser().is_dir() else checkpoint.name
 
 
-def write_adapters(model: Any, staging: Staging) -> int:
+def write_adapters(model: Any, staging: Staging, state: dict[str, torch.Tensor] | None = None) -> int:
     """Write adapters in PEFT's format and verify them; returns the number of their weights.
+
+    Args:
+        model: with adapters.
+        staging: where they go.
+        state: their weights, where those in the model are in pieces.
 
     Raises:
         OutputError: what was written is not what the model holds.
     """
     import peft
 
-    model.save_pretrained(staging.files)
+    model.save_pretrained(staging.files, **({} if state is None else {"state_dict": state}))
     make_readable(staging)
     wanted = {
         name: (dtype_name(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in peft.get_peft_model_state_dict(model).items()
+        for name, tensor in peft.get_peft_model_state_dict(model, state).items()
     }
     found = {name: (info.dtype, tuple(info.shape)) for name, info in read_header(staging.files / WEIGHTS_FILE).items()}
     if found != wanted:

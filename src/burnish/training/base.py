@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 import xxhash
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from burnish.checkpoint import Checkpoint, Staging
 from burnish.checkpoint.load import load_model
 from burnish.errors import UnsupportedModelError
 from burnish.runs.randomness import random_state_kept
 from burnish.training.adapters import Lora, add_adapters, base_name, merged, write_adapters
+from burnish.training.gather import whole
 from burnish.training.options import forward_dtype
 from burnish.training.output import write_weights
+
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""How `accelerate launch` says that weights may lie in pieces."""
 
 
 def weights_hash(source: Checkpoint) -> str:
@@ -81,7 +85,11 @@ def require_trainable(source: Checkpoint, lora: Lora | None, *, merge: bool) -> 
 
     Raises:
         UnsupportedModelError: the checkpoint has some.
+        ValueError: adapters cannot be merged into weights that lie in pieces.
     """
+    for variable, name in SHARDING.items():
+        if merge and os.environ.get(variable, "").lower() == "true":
+            raise ValueError(f"merge: not under {name}: write the adapters, and merge them with PEFT")
     if "quantization_config" in source.config and (lora is None or merge):
         what = "merged into" if lora else "trained"
         raise UnsupportedModelError(f"{source.name}: its quantised weights cannot be {what}: train adapters, --lora")
@@ -113,6 +121,20 @@ def load_base(source: Checkpoint, dtype: str, device: torch.device, *, lora: Lor
     return model if lora is None else add_adapters(model, lora, base_name(source))
 
 
+def whole_weights(trainer: Trainer, model: Any, lora: Lora | None) -> dict[str, torch.Tensor]:
+    """Trained weights, which all ranks gather together: those of adapters, or all.
+
+    Args:
+        trainer: that trained them.
+        model: as `load_base` gave it.
+        lora: its adapters, or None.
+    """
+    if lora is None:
+        found: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        return found
+    return {name: whole(weight) for name, weight in model.named_parameters() if "lora_" in name}
+
+
 def write_trained(
     source: Checkpoint,
     model: Any,
@@ -132,10 +154,10 @@ def write_trained(
         lora: adapters, or None.
         merge: add them to the weights and write those.
         max_shard_size: with a unit.
-        state: whole weights of a model that is spread over ranks.
+        state: of `whole_weights`, where the model may be spread over ranks.
     """
     if lora is not None and not merge:
-        write_adapters(model, staging)
+        write_adapters(model, staging, state)
         return
     if lora is not None:
         model, state = merged(model), None

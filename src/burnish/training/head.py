@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from burnish.errors import UnsupportedModelError
+from burnish.training.gather import whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 TOLERANCE = 1e-2
+
+R = TypeVar("R")
+Reader = Callable[[Tensor, Tensor, "Tensor | None"], R]
+"""(hidden states [..., hidden], weight [vocab, hidden], bias [vocab] or None) -> anything that holds tensors."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,31 @@ class LanguageHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of hidden states `[..., hidden]`."""
         return self.finish(self.linear(hidden))
+
+    def read(self, hidden: Tensor, reader: Reader[R]) -> R:
+        """What a function makes of hidden states `[..., hidden]`, the weight and the bias.
+
+        It runs inside a call of the head: there FSDP and ZeRO have gathered the weight, and know of its gradient.
+        """
+        own = vars(self.linear)
+        before = own.get("forward")
+        own["forward"] = lambda states: reader(states, self.linear.weight, self.linear.bias)
+        try:
+            found: R = self.linear(hidden)
+        finally:
+            del own["forward"]
+            if before is not None:
+                own["forward"] = before
+        return found
+
+    @torch.no_grad()
+    def gathered(self) -> Callable[[Tensor], Tensor]:
+        """`logits`, with a weight that is gathered now, by all ranks together: each may call it as often as it has to.
+
+        The weight has no gradient.
+        """
+        weight, bias = whole(self.linear.weight), None if self.linear.bias is None else whole(self.linear.bias)
+        return lambda hidden: self.finish(F.linear(hidden, weight, bias))
 
 
 def language_head(model: PreTrainedModel) -> LanguageHead:

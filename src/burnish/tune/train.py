@@ -23,7 +23,7 @@ from burnish.optim.training import trainer_options
 from burnish.penalties import sparsity
 from burnish.runs import Progress, environment, ranks
 from burnish.training.adapters import NOT_OF_ADAPTERS
-from burnish.training.base import load_base, weights_hash, write_trained
+from burnish.training.base import load_base, weights_hash, whole_weights, write_trained
 from burnish.training.course import METRICS_FILE, Course, Metrics
 from burnish.training.fit import arguments, fit, newest_checkpoint, staged
 from burnish.training.head import require_head
@@ -276,7 +276,7 @@ def _work(
     prepared = time.perf_counter()
     first_step = fit(trainer, staging, "tune", progress)
     trained = time.perf_counter()
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if job.lora is None else None
+    state = whole_weights(trainer, model, job.lora)
     history = course.lines(trainer.state.log_history)
     if job.options["optimizer"] == PENALISED:
         record["training"]["zeros"] = sparsity(model).share

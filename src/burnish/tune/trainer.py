@@ -176,7 +176,7 @@ def answer_loss(self: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tup
         return nll, nll[None]
 
     hidden = decoder(self)(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][live]  # [tokens, hidden]
-    total, sums = chunked_loss(hidden, head.linear.weight, head.linear.bias, loss)
+    total, sums = head.read(hidden, lambda states, weight, bias: chunked_loss(states, weight, bias, loss))
     count = torch.tensor([float(len(following))], device=hidden.device)
     return total, torch.cat([sums, count]).double()
 
