@@ -18,6 +18,8 @@ Finish = Callable[[Tensor], Tensor]
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits of one chunk, beside which it holds them once in the type of the head, and their gradient."""
+TRAINED_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""Where the head is trained: each chunk goes over all of its gradient once more."""
 
 Readout = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 """(logits [chunk, vocab], float32 at least, which it may overwrite; which tokens; whether their gradient is wanted) ->
@@ -47,7 +49,7 @@ def token_logps(
         token_ids: Tensor `[tokens]`, int64.
         finish: what follows the projection.
         temperature: logits are divided by it.
-        chunk_tokens: tokens at a time; None fits CHUNK_BYTES.
+        chunk_tokens: tokens at a time; None fits CHUNK_BYTES, or TRAINED_CHUNK_BYTES.
 
     Returns:
         Tensor `[tokens]`, float32, or float64 where the weight is; differentiable once.
@@ -89,7 +91,7 @@ def token_divergences(
         bias: Tensor `[vocab]` or None.
         target: which tokens -> logits of the target `[chunk, vocab]`.
         finish: what follows the projection.
-        chunk_tokens: tokens at a time; None fits CHUNK_BYTES.
+        chunk_tokens: tokens at a time; None fits CHUNK_BYTES, or TRAINED_CHUNK_BYTES.
 
     Returns:
         Tensor `[tokens]`, nats, float32, or float64 where the weight is; differentiable once.
@@ -125,14 +127,16 @@ def chunked_values(
         bias: Tensor `[vocab]` or None.
         read: values and derivatives of a chunk.
         finish: what follows the projection.
-        chunk_tokens: tokens at a time; None fits CHUNK_BYTES.
+        chunk_tokens: tokens at a time; None fits CHUNK_BYTES, or TRAINED_CHUNK_BYTES.
 
     Returns:
         Tensor `[tokens]`, differentiable once.
     """
     if chunk_tokens is None:
         kind = "cuda" if hidden.is_cuda else "cpu"
-        chunk_tokens = max(1, CHUNK_BYTES[kind] // (4 * len(weight)))
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        chunk_bytes = (TRAINED_CHUNK_BYTES if trained else CHUNK_BYTES)[kind]
+        chunk_tokens = max(1, chunk_bytes // (4 * len(weight)))
     return _ChunkedValues.apply(hidden, weight, bias, read, finish, chunk_tokens)  # type: ignore[no-untyped-call, no-any-return]
 
 
