@@ -33,8 +33,8 @@ class TokenTrainer(Trainer):  # type: ignore[misc]
             options["args"].remove_unused_columns = False
         super().__init__(model=model, **options)
         if self.is_deepspeed_enabled:  # else ZeRO-3 trains to the end and cannot say what came of it
-            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            zero["stage3_gather_16bit_weights_on_model_save"] = True
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
         self.remove_callback(PrinterCallback)
         # The loss below is already a mean over all tokens of the step.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -94,6 +94,8 @@ class TokenTrainer(Trainer):  # type: ignore[misc]
         if ranks == 1:
             return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):  # of several held-out sets one
+            rows = self.eval_dataset[rows]
         if len(rows) < ranks:
             raise ValueError(f"{len(rows)} rows to evaluate on for {ranks} processes: give one row for each, or more")
         turns = min(math.ceil(len(rows) / (ranks * self.args.eval_batch_size)), len(rows) // ranks)
