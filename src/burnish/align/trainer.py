@@ -397,7 +397,7 @@ def _take_trees(model: Any, temperature: float) -> None:
     """Let a model's forward take `trees` in place of tokens, and give the log-probability of each of their tokens; with
     `target`, the divergence from it there, too; with `states`, all hidden states there.
 
-    These are computed inside the model's own forward, where FSDP and ZeRO have gathered the head's weight.
+    These are computed inside the model's own forward, in which FSDP and ZeRO gather what it uses.
     """
     plain = model.forward
 
